@@ -1,0 +1,34 @@
+"""attn_drift: capture attention before and after a knowledge edit, and restrict the drifting heads (SADR)."""
+
+from attn_drift.attention import AttentionCapture, capture_attention
+from attn_drift.edits import Edit, LowRankUpdate, applied_to_rows
+from attn_drift.editors.rome import ROMEConfig, rome
+from attn_drift.history import EditHistory
+from attn_drift.models import load_model
+from attn_drift.moments import SecondMoment, sampled_moment, second_moment
+from attn_drift.requests import EditRequest
+from attn_drift.restriction import SADR, AllHeads, FixedHeads, LayerMax, Margin, TopK
+from attn_drift.sampling import sample_contexts
+
+__all__ = [
+    "SADR",
+    "AllHeads",
+    "AttentionCapture",
+    "Edit",
+    "EditHistory",
+    "EditRequest",
+    "FixedHeads",
+    "LayerMax",
+    "LowRankUpdate",
+    "Margin",
+    "ROMEConfig",
+    "SecondMoment",
+    "TopK",
+    "applied_to_rows",
+    "capture_attention",
+    "load_model",
+    "rome",
+    "sample_contexts",
+    "sampled_moment",
+    "second_moment",
+]

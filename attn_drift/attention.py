@@ -1,0 +1,88 @@
+"""Capturing attention: the patterns of all heads on texts, with or without an edit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.edits import Edit, applied_to_rows
+from attn_drift.hooks import pattern_point, read
+from attn_drift.models import check_layer
+from attn_drift.tokens import TokenBatch, Tokens, encode, pad
+
+TEXTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCapture:
+    """Attention patterns of texts, padding cut away, on the CPU.
+
+    Attributes:
+        tokens: the texts.
+        layers: the captured layers.
+        patterns: per text the post-softmax attention, rows sum to one; float32, or float64 where the model is.
+    """
+
+    tokens: tuple[Tokens, ...]
+    layers: tuple[int, ...]
+    patterns: tuple[Float[Tensor, "layer head query key"], ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(tokens.text for tokens in self.tokens)
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.patterns[0].shape[1])
+
+
+def capture_attention(
+    model: TransformerBridge,
+    texts: str | Sequence[str],
+    *,
+    layers: Sequence[int] | None = None,
+    edits: Sequence[Edit | None] | None = None,
+) -> AttentionCapture:
+    """Captures the attention patterns of every head on one or more texts.
+
+    Edits applied by ``with edit.applied(model)`` or written into weights are in effect.
+
+    Args:
+        model: the model.
+        texts: one text or several.
+        layers: which layers; all when None.
+        edits: an edit per text (None: unedited), where texts shall see different edits.
+
+    Raises:
+        ValueError: no text, an empty text, a text longer than the context, a layer out of range, or a number of
+            edits other than that of texts.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    chosen = tuple(range(model.cfg.n_layers)) if layers is None else tuple(layers)
+    for layer in chosen:
+        check_layer(model, layer)
+    if edits is not None and len(edits) != len(texts):
+        raise ValueError(f"{len(edits)} edits were given for {len(texts)} texts; expected one for each")
+    rows = [encode(model, text) for text in texts]
+    if not rows or not chosen:
+        raise ValueError("no texts or no layers were given; expected at least one of each")
+    patterns: list[Tensor] = []
+    for start in range(0, len(rows), TEXTS_AT_ONCE):
+        part = slice(start, start + TEXTS_AT_ONCE)
+        with applied_to_rows(model, [None] if edits is None else edits[part]):
+            patterns += _patterns(model, pad(model, rows[part]), chosen)
+    return AttentionCapture(tuple(rows), chosen, tuple(patterns))
+
+
+def _patterns(model: TransformerBridge, batch: TokenBatch, layers: Sequence[int]) -> list[Tensor]:
+    store = read(model, batch, [pattern_point(layer) for layer in layers])
+    stacked = torch.stack([store[pattern_point(layer)] for layer in layers], dim=1)
+    stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32)).cpu()
+    spans = [slice(start, start + len(row)) for start, row in zip(batch.starts.tolist(), batch.rows, strict=True)]
+    return [stacked[i, :, :, span, span].clone() for i, span in enumerate(spans)]

@@ -1,0 +1,1 @@
+"""Editors: what becomes of an optimised value. One file each."""

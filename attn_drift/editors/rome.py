@@ -1,0 +1,212 @@
+"""ROME: a rank-one update of one down-projection (Meng et al., 2202.05262; method.md, sections 4 and 4b).
+
+    u = C^-1 k_mean,   Delta = delta_v u^T / (u . k0)
+
+and with several wordings of the question, keys K = [k_1 .. k_m] (of each wording: context-free, and the mean):
+
+    w = C^-1 K (K^T C^-1 K)^-1 1,   Delta = delta_v w^T      (w . k_i = 1 for all i)
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import overload
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.edits import Edit, LowRankUpdate
+from attn_drift.hooks import key_point, read
+from attn_drift.models import check_finite, check_layer, fingerprint
+from attn_drift.moments import SecondMoment, sampled_moment
+from attn_drift.requests import EditRequest, RequestTexts, request_texts
+from attn_drift.restriction import Restriction
+from attn_drift.sampling import draw_seed, sample_contexts
+from attn_drift.tokens import pad
+from attn_drift.values import OptimisedValue, ValueConfig, optimise_values
+
+log = logging.getLogger(__name__)
+
+# Share of the network's depth at which the published presets edit, on average.
+DEPTH = 0.25
+
+# Of the mean diagonal of K^T C^-1 K, where keys are constrained.
+KEY_RIDGE = 1e-6
+
+# Cosine between u and k0 under which the division by u . k0 blows the update up.
+SMALL_COSINE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ROMEConfig(ValueConfig):
+    """ROME's settings; `for_model` gives the published ones.
+
+    Attributes:
+        layer: the edited layer.
+        ridge: added to the second moment's diagonal, in units of its mean. 0 in the published presets; needed where
+            the moment comes from little text.
+    """
+
+    layer: int
+    ridge: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ridge < 0:
+            raise ValueError(f"ridge is {self.ridge}; expected a number of at least 0")
+
+    @classmethod
+    def for_model(cls, model: TransformerBridge) -> "ROMEConfig":
+        """The preset of the model's name, or, said in the log, ROME's usual settings at a quarter of the depth."""
+        presets = json.loads((files("attn_drift") / "presets" / "rome.json").read_text(encoding="utf-8"))
+        preset = presets.get(str(model.cfg.model_name).rstrip("/").split("/")[-1].lower())
+        if preset is not None and preset["layer"] < model.cfg.n_layers:
+            return cls(**preset)
+        layer = min(round(DEPTH * model.cfg.n_layers), max(0, model.cfg.n_layers - 2))
+        log.warning(
+            "%s has no preset for ROME: layer %d of %d was chosen by depth, the rest is ROME's usual; pass config=",
+            model.cfg.model_name,
+            layer,
+            model.cfg.n_layers,
+        )
+        return cls(layer=layer)
+
+
+@overload
+def rome(
+    model: TransformerBridge,
+    requests: EditRequest,
+    *,
+    config: ROMEConfig | None = None,
+    contexts: Sequence[str] | None = None,
+    moment: SecondMoment | None = None,
+    restrict: Restriction | None = None,
+    generator: torch.Generator | None = None,
+) -> Edit: ...
+
+
+@overload
+def rome(
+    model: TransformerBridge,
+    requests: Sequence[EditRequest],
+    *,
+    config: ROMEConfig | None = None,
+    contexts: Sequence[str] | None = None,
+    moment: SecondMoment | None = None,
+    restrict: Restriction | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Edit]: ...
+
+
+def rome(
+    model: TransformerBridge,
+    requests: EditRequest | Sequence[EditRequest],
+    *,
+    config: ROMEConfig | None = None,
+    contexts: Sequence[str] | None = None,
+    moment: SecondMoment | None = None,
+    restrict: Restriction | None = None,
+    generator: torch.Generator | None = None,
+) -> Edit | list[Edit]:
+    """Makes an edit, or one edit for each of several requests; the model is left untouched.
+
+    Args:
+        model: the model.
+        requests: one request gives an `Edit`, a sequence gives a list of single edits, optimised together.
+        config: settings; `ROMEConfig.for_model(model)` when None.
+        contexts: templates that end in ``{}``, where the prompt goes; the empty one, ``"{}"``, is always first.
+            `sample_contexts(model, generator)` when None.
+        moment: second moment of the layer's keys; `sampled_moment` when None.
+        restrict: a loss term that restricts what the edit may do, such as `SADR`.
+        generator: of the contexts and the moment that are made here; seed 0 when None.
+
+    Raises:
+        ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, or a
+            weight that is not finite; before the model runs.
+    """
+    single = isinstance(requests, EditRequest)
+    listed = [requests] if isinstance(requests, EditRequest) else list(requests)
+    if not listed:
+        raise ValueError("no requests were given; expected at least one")
+    config = ROMEConfig.for_model(model) if config is None else config
+    check_layer(model, config.layer)
+    check_finite(model)
+    term = None if restrict is None else restrict.bind(model, config.layer)
+    if moment is not None:
+        moment.check_fits(model, config.layer)
+        moment.solve(torch.zeros(len(moment.matrix), 1), config.ridge)
+    for request in listed:
+        request_texts(model, request, ["{}"])  # all that can be wrong with it comes before sampling
+    contexts = sample_contexts(model, generator) if contexts is None else contexts
+    texts = [request_texts(model, request, contexts) for request in listed]
+    moment_seed = draw_seed(generator)
+    moment = sampled_moment(model, config.layer, moment_seed) if moment is None else moment
+    values = optimise_values(model, config.layer, texts, config, term)
+    edits = _edits(model, texts, values, config, moment, restrict)
+    return edits[0] if single else edits
+
+
+def _edits(
+    model: TransformerBridge,
+    texts: Sequence[RequestTexts],
+    values: Sequence[OptimisedValue],
+    config: ROMEConfig,
+    moment: SecondMoment,
+    restrict: Restriction | None,
+) -> list[Edit]:
+    identity = fingerprint(model)
+    method = {"editor": "rome", "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
+    edits = []
+    for request, value in zip(texts, values, strict=True):
+        weight = key_direction(subject_keys(model, config.layer, request), request, moment, config.ridge)
+        update = LowRankUpdate(weight.to(value.delta.dtype).cpu()[None], value.delta.cpu()[None])
+        edits.append(
+            Edit({config.layer: update}, (request.request,), identity, model.cfg.model_name, method, value.history)
+        )
+    return edits
+
+
+def subject_keys(model: TransformerBridge, layer: int, texts: RequestTexts) -> Float[Tensor, "text d_mlp"]:
+    """The keys of the rewriting texts at their subject-last tokens."""
+    batch = pad(model, [text.completion.tokens for text in texts.rewriting])
+    keys = read(model, batch, [key_point(layer)], stop_at_layer=layer + 1)[key_point(layer)]
+    columns = batch.columns([text.subject_last for text in texts.rewriting])
+    return keys[torch.arange(len(columns), device=columns.device), columns]
+
+
+def key_direction(
+    keys: Float[Tensor, "text d_mlp"], texts: RequestTexts, moment: SecondMoment, ridge: float
+) -> Float64[Tensor, " d_mlp"]:
+    """The direction ``w`` in key space that the update answers to: ROME's ``u / (u . k0)``, or the constrained one."""
+    keys = keys.double()
+    if len(texts.request.wordings) == 1:
+        u = moment.solve(keys.mean(0)[:, None], ridge)[:, 0]
+        k0 = keys[0]
+        product = u @ k0
+        cosine = float(product / (u.norm() * k0.norm()))
+        if abs(cosine) < SMALL_COSINE:
+            log.warning(
+                "the update of %r explodes: u and k0 are almost orthogonal (cosine %.1e)", texts.request, cosine
+            )
+        return u / product
+    K = _wording_keys(keys, texts)
+    solved = moment.solve(K, ridge)
+    gram = K.T @ solved
+    gram += KEY_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return solved @ torch.linalg.solve(gram, torch.ones(len(gram), dtype=gram.dtype, device=gram.device))
+
+
+def _wording_keys(keys: Float64[Tensor, "text d_mlp"], texts: RequestTexts) -> Float64[Tensor, "d_mlp m"]:
+    """Of each wording the context-free key, and the mean of its keys where it has others."""
+    columns = []
+    for wording in range(len(texts.request.wordings)):
+        rows = [i for i, text in enumerate(texts.rewriting) if text.wording == wording]
+        columns.append(keys[rows[0]])
+        if len(rows) > 1:
+            columns.append(keys[rows].mean(0))
+    return torch.stack(columns, dim=1)
+

@@ -1,0 +1,36 @@
+"""Files: atomic writing, and the cache of what is derived from a model."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; on success it takes the place of ``path``, on failure it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_path(kind: str, suffix: str, key: Mapping[str, object]) -> Path:
+    """Where something derived is cached: a name made from all that it depends on.
+
+    The folder is ``$ATTN_DRIFT_CACHE``, or the user's cache folder.
+    """
+    folder = os.environ.get("ATTN_DRIFT_CACHE") or platformdirs.user_cache_dir("attn_drift")
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return Path(folder) / kind / f"{digest}{suffix}"

@@ -1,0 +1,52 @@
+"""What happened while a value was optimised."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EditHistory:
+    """Every loss term at every evaluation, the last of which is not followed by a step (method.md, section 2).
+
+    Attributes:
+        terms: per evaluation the columns of ``COLUMNS``; ``loss`` is the sum of the four weighted terms, and
+            ``p_target`` the probability of the target given the rewriting texts, averaged over them.
+        selected: share of the rewriting texts on which a restriction selected a head; None without a restriction.
+    """
+
+    COLUMNS: ClassVar[tuple[str, ...]] = ("loss", "nll", "kl", "decay", "restriction", "p_target")
+
+    terms: Float[Tensor, "step term"]
+    selected: Float[Tensor, "step layer head"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The terms, one row per evaluation, and ``n_selected``: selected heads per text."""
+        frame = pd.DataFrame(self.terms.numpy(), columns=pd.Index(self.COLUMNS))
+        frame["n_selected"] = 0.0 if self.selected is None else self.selected.sum((1, 2)).numpy()
+        frame.index.name = "step"
+        return frame
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For saving; `from_tensors` is the inverse."""
+        tensors = {"history.terms": self.terms}
+        if self.selected is not None:
+            tensors["history.selected"] = self.selected
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "EditHistory | None":
+        """What `tensors` gave, among others; None when there is no history among them."""
+        if "history.terms" not in tensors:
+            return None
+        terms = tensors["history.terms"]
+        if terms.ndim != 2 or terms.shape[1] != len(cls.COLUMNS) or not torch.isfinite(terms).all():
+            raise ValueError(f"the history has shape {tuple(terms.shape)}; expected [step {len(cls.COLUMNS)}], finite")
+        return cls(terms, tensors.get("history.selected"))

@@ -1,0 +1,160 @@
+"""Loading models, and what every module asks of one: its layers, its down-projection, its identity."""
+
+import copy
+import hashlib
+import logging
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+DEMO = "demo"
+
+
+def demo_folder() -> Path:
+    """The folder of the shipped demo model: weights, tokenizer and ``world.json``."""
+    with as_file(files("attn_drift") / "demo" / "model") as folder:
+        return folder
+
+
+def load_model(
+    source: str | Path | PreTrainedModel | TransformerBridge,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TransformerBridge:
+    """Loads a model as a TransformerLens bridge, weights as they are (never in compatibility mode, which folds them).
+
+    Args:
+        source: ``"demo"``; a folder in Hugging Face's layout; a name on the Hugging Face hub; a Hugging Face model
+            (wrapped in place, with ``tokenizer``); or a bridge, which is checked and returned as it is.
+        tokenizer: of an in-memory Hugging Face model.
+        device: where the model goes; TransformerLens chooses when None.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: a model that cannot be edited here; the message says what it lacks.
+        OSError: no such folder, and no such name within reach; the message says what was tried.
+    """
+    if isinstance(source, TransformerBridge):
+        model = source
+    elif isinstance(source, PreTrainedModel):
+        if tokenizer is None:
+            raise ValueError("a Hugging Face model was given without its tokenizer; pass load_model(model, tokenizer)")
+        name = source.config.name_or_path or type(source).__name__
+        model = _boot(name, tokenizer, device, dtype, hf_model=source.to(dtype))
+    else:
+        model = _load_by_name(str(source), device, dtype)
+    check_model(model)
+    return model
+
+
+def _load_by_name(name: str, device: str | torch.device | None, dtype: torch.dtype) -> TransformerBridge:
+    folder = demo_folder() if name == DEMO else Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise OSError(f"the folder {folder} has no config.json; expected a model saved by save_pretrained")
+        model = _boot(str(folder), AutoTokenizer.from_pretrained(folder), device, dtype)
+        model.cfg.model_name = DEMO if name == DEMO else str(folder)
+        return model
+    try:
+        return _boot(name, AutoTokenizer.from_pretrained(name), device, dtype)
+    except Exception as error:
+        raise OSError(
+            f"cannot load the model {name!r}: it is not {DEMO!r}, there is no folder {folder.absolute()}, and the "
+            f"Hugging Face hub and its local cache gave no such model ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200]}). Check the name, download the model where there is a network, or "
+            "give a folder."
+        ) from error
+
+
+def _boot(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    hf_model: PreTrainedModel | None = None,
+) -> TransformerBridge:
+    # TransformerLens would load the tokenizer anew so that it adds BOS; one that says it does already is left alone.
+    tokenizer = copy.deepcopy(tokenizer)
+    init_kwargs = tokenizer.init_kwargs
+    tokenizer.init_kwargs = {"name_or_path": name, **init_kwargs, "add_bos_token": True}
+    model = TransformerBridge.boot_transformers(
+        name, hf_model=hf_model, tokenizer=tokenizer, device=None if device is None else str(device), dtype=dtype
+    )
+    model.tokenizer.init_kwargs = init_kwargs
+    return model.eval()
+
+
+def check_model(model: TransformerBridge) -> None:
+    """Raises a ValueError when the model lacks something that editing or capturing needs."""
+    if getattr(model, "compatibility_mode", False):
+        raise ValueError(
+            "the model is in TransformerLens's compatibility mode, which folds and centres weights, so that an edit "
+            "would not be one of the original model; load it again without enable_compatibility_mode()"
+        )
+    if model.tokenizer is None or not getattr(model.tokenizer, "is_fast", False):
+        raise ValueError(
+            f"the model's tokenizer ({type(model.tokenizer).__name__}) gives no character offsets; load the model "
+            "with a fast tokenizer"
+        )
+    points = model.hook_dict
+    for layer in range(model.cfg.n_layers):
+        for part in ("mlp.out.hook_in", "mlp.out.hook_out", "attn.hook_pattern"):
+            if f"blocks.{layer}.{part}" not in points:
+                raise ValueError(
+                    f"layer {layer} of {model.cfg.model_name} has no {part}: only models with attention and a dense "
+                    "MLP in every layer can be edited here"
+                )
+
+
+def check_layer(model: TransformerBridge, layer: int) -> None:
+    """Raises a ValueError for a layer that the model does not have."""
+    if not 0 <= layer < model.cfg.n_layers:
+        raise ValueError(
+            f"layer {layer} is out of range: {model.cfg.model_name} has the layers 0 to {model.cfg.n_layers - 1}"
+        )
+
+
+def check_finite(model: TransformerBridge) -> None:
+    """Raises a ValueError naming the first weight that has a NaN or an infinity."""
+    for name, weight in model.original_model.state_dict().items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            clean = name.replace("._original_component", "")
+            raise ValueError(f"the weight {clean} of {model.cfg.model_name} has NaN or infinite entries; reload it")
+
+
+def down_projection(model: TransformerBridge, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """The weight that maps keys to values, ``v = k @ W``: the model's own storage, so that in-place changes count."""
+    check_layer(model, layer)
+    weight: Tensor = model.blocks[layer].mlp.W_out
+    return weight
+
+
+def mlp_width(model: TransformerBridge, layer: int) -> int:
+    """``d_mlp`` of a layer, read from its weight."""
+    return int(down_projection(model, layer).shape[0])
+
+
+def fingerprint(model: TransformerBridge) -> str:
+    """A hash of the weights: names, shapes, dtypes, and up to 4,096 evenly spaced entries of each.
+
+    Files that belong to a model (edits, second moments, sampled contexts) carry it. A dense change of any weight,
+    such as an edit, changes it.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.original_model.state_dict().items()):
+        clean = name.replace("._original_component", "")
+        flat = weight.detach().flatten()
+        # Not a multiple of a row's length, so that the entries spread over rows and columns.
+        sample = flat[:: max(1, flat.numel() // 4096) | 1]
+        digest.update(f"{clean}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]

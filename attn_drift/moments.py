@@ -1,0 +1,155 @@
+"""Second moments of keys, ``C = E[k k^T]`` (uncentred): what other keys a weight serves.
+
+Accumulated and solved in float64 (method.md, section 4).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.files import cache_path, replacing
+from attn_drift.hooks import key_point, read
+from attn_drift.models import check_layer, fingerprint, mlp_width
+from attn_drift.sampling import sample_documents
+from attn_drift.tokens import encode, pad
+
+FORMAT = "attn_drift.moment.1"
+TEXTS_AT_ONCE = 32
+
+# What `sampled_moment` takes: at least this many tokens, and several for every dimension of a key.
+SAMPLED_TOKENS = 50_000
+SAMPLED_TOKENS_PER_KEY = 8
+SAMPLED_LENGTH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """The second moment of the keys of one layer.
+
+    Attributes:
+        layer: whose keys.
+        matrix: ``C``, symmetric.
+        n_tokens: how many keys were averaged.
+        fingerprint: of the model.
+    """
+
+    layer: int
+    matrix: Float64[Tensor, "d_mlp d_mlp"]
+    n_tokens: int
+    fingerprint: str
+
+    def solve(self, keys: Float[Tensor, "d_mlp n"], ridge: float) -> Float64[Tensor, "d_mlp n"]:
+        """``(C + ridge * mean(diag C) * I)^-1 @ keys`` by Cholesky factors in float64.
+
+        Raises:
+            ValueError: the matrix with its ridge is not positive definite.
+        """
+        matrix = self.matrix.to(keys.device)
+        shift = ridge * matrix.diagonal().mean()
+        factor, failed = torch.linalg.cholesky_ex(matrix + shift * torch.eye(len(matrix), device=keys.device))
+        if failed or not torch.isfinite(factor).all():
+            raise ValueError(
+                f"the second moment of layer {self.layer} ({self.n_tokens} tokens for {len(matrix)} dimensions) is not "
+                f"positive definite with a ridge of {ridge:g} of its mean diagonal: take it over more text, or raise "
+                "the ridge"
+            )
+        return torch.cholesky_solve(keys.double(), factor)
+
+    def check_fits(self, model: TransformerBridge, layer: int) -> None:
+        """Raises a ValueError when the moment is of another layer, shape or model, or is not a finite symmetric matrix."""
+        width = mlp_width(model, layer)
+        if self.layer != layer:
+            raise ValueError(f"the second moment is of layer {self.layer}, but layer {layer} is edited")
+        if tuple(self.matrix.shape) != (width, width):
+            raise ValueError(f"the second moment has shape {list(self.matrix.shape)}; layer {layer} needs {[width] * 2}")
+        if self.fingerprint != fingerprint(model):
+            raise ValueError(
+                f"the second moment was taken with the weights {self.fingerprint[:8]}, but those of "
+                f"{model.cfg.model_name} are {fingerprint(model)[:8]} (another model or dtype, or an edit was written "
+                "since); take it again"
+            )
+        if not torch.isfinite(self.matrix).all() or not torch.allclose(self.matrix, self.matrix.T, rtol=1e-6):
+            raise ValueError(f"the second moment of layer {layer} is not a finite symmetric matrix; take it again")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the moment as a safetensors file."""
+        metadata = {
+            "format": FORMAT,
+            "layer": str(self.layer),
+            "n_tokens": str(self.n_tokens),
+            "fingerprint": self.fingerprint,
+        }
+        with replacing(Path(path)) as temporary:
+            save_file({"matrix": self.matrix.cpu().contiguous()}, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SecondMoment":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or no second moment.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no second moment {Path(path).absolute()}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
+                matrix = file.get_tensor("matrix").double()
+                return cls(int(metadata["layer"]), matrix, int(metadata["n_tokens"]), metadata["fingerprint"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no second moment: {error}") from error
+
+
+def second_moment(model: TransformerBridge, layer: int, texts: Iterable[str]) -> SecondMoment:
+    """Averages ``k k^T`` over every token of the texts.
+
+    Raises:
+        ValueError: layer out of range, no texts, an empty text, or one longer than the context.
+    """
+    check_layer(model, layer)
+    width = mlp_width(model, layer)
+    total = torch.zeros(width, width, dtype=torch.float64, device=next(model.parameters()).device)
+    n_tokens = 0
+    for batch in _batches(texts):
+        tokens = pad(model, [encode(model, text) for text in batch])
+        point = key_point(layer)
+        keys = read(model, tokens, [point], stop_at_layer=layer + 1)[point][tokens.mask].double()
+        total += keys.T @ keys
+        n_tokens += len(keys)
+    if not n_tokens:
+        raise ValueError("no texts were given; a second moment needs several tokens for every dimension of a key")
+    return SecondMoment(layer, total / n_tokens, n_tokens, fingerprint(model))
+
+
+def sampled_moment(model: TransformerBridge, layer: int, seed: int = 0) -> SecondMoment:
+    """The second moment over text sampled from the model itself: needs no data set, approximates its training text.
+
+    Cached, keyed by the model's weights, the layer, the seed and the settings.
+    """
+    check_layer(model, layer)
+    n_tokens = max(SAMPLED_TOKENS, SAMPLED_TOKENS_PER_KEY * mlp_width(model, layer))
+    length = min(SAMPLED_LENGTH, model.cfg.n_ctx - 1)
+    key = {"model": fingerprint(model), "layer": layer, "seed": seed, "n_tokens": n_tokens, "length": length}
+    path = cache_path("moments", ".safetensors", key)
+    if path.is_file():
+        return SecondMoment.load(path)
+    moment = second_moment(model, layer, sample_documents(model, n_tokens, length, seed))
+    moment.save(path)
+    return moment
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    stream = iter(texts)
+    while batch := list(islice(stream, TEXTS_AT_ONCE)):
+        yield batch

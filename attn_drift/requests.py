@@ -1,0 +1,189 @@
+"""Edit requests, and the texts on which an edit's value is optimised (method.md, section 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.tokens import Completion, TokenBatch, Tokens, encode, encode_completion, find_subject, pad
+
+SLOT = "{}"
+IGNORED = -100
+
+
+def _check_template(template: str, what: str) -> None:
+    count = template.count(SLOT)
+    if count != 1:
+        raise ValueError(f"{what} {template!r} has {count} places {SLOT}; expected exactly one")
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to change: (subject s, prompt template, new object o*, old object o).
+
+    Attributes:
+        prompt: the question with one ``{}`` where the subject stands; the object follows it after a space.
+        subject: the entity that the fact is about.
+        target_new: the object that the edited model shall answer.
+        target_true: the object before the edit, for scores; None when it is not known.
+        rephrasings: further wordings of the question, each with one ``{}``.
+
+    Raises:
+        ValueError: a template without exactly one ``{}``, an empty subject or target, equal targets.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+    rephrasings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for template in self.wordings:
+            _check_template(template, "the prompt")
+        if not self.subject.strip() or SLOT in self.subject:
+            raise ValueError(f"the subject is {self.subject!r}; expected the words that name the edited entity")
+        if not self.target_new.strip():
+            raise ValueError(f"target_new is {self.target_new!r}; expected the object that the model shall answer")
+        if self.target_true is not None and self.target_new.strip() == self.target_true.strip():
+            raise ValueError(
+                f"target_new and target_true are both {self.target_new!r}; expected an object that differs from the old"
+            )
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """All templates of the question, the prompt first."""
+        return (self.prompt, *self.rephrasings)
+
+    @property
+    def question(self) -> str:
+        """The prompt with the subject filled in."""
+        return fill(self.prompt, self.subject)
+
+    def rephrased(self, *templates: str) -> "EditRequest":
+        """The same request with further wordings of its question (method.md, section 4b)."""
+        return replace(self, rephrasings=(*self.rephrasings, *templates))
+
+
+def fill(template: str, text: str) -> str:
+    """Puts a text into a template's place; braces within the text stay as they are."""
+    return template.replace(SLOT, text, 1)
+
+
+def check_contexts(contexts: Sequence[str]) -> list[str]:
+    """The contexts with the empty one, ``"{}"``, in front.
+
+    Raises:
+        ValueError: a context that does not end in its only ``{}`` (the object follows the prompt).
+    """
+    for context in contexts:
+        _check_template(context, "the context")
+        if not context.endswith(SLOT):
+            raise ValueError(f"the context {context!r} goes on after {SLOT}; the prompt must come last in it")
+    return [SLOT, *(context for context in contexts if context != SLOT)]
+
+
+@dataclass(frozen=True)
+class RewritingText:
+    """One text of a request: context, prompt, and all target tokens but the last.
+
+    Attributes:
+        completion: the tokens, prompt-last position and target.
+        subject_last: index of the subject-last token ``s_b``.
+        wording: which of the request's wordings it uses.
+    """
+
+    completion: Completion
+    subject_last: int
+    wording: int
+
+
+@dataclass(frozen=True)
+class RequestTexts:
+    """The texts of one request: its rewriting texts, a context-free one first, and the essence text ``"{s} is a"``."""
+
+    request: EditRequest
+    rewriting: tuple[RewritingText, ...]
+    essence: Tokens
+    essence_subject_last: int
+
+
+def request_texts(model: TransformerBridge, request: EditRequest, contexts: Sequence[str]) -> RequestTexts:
+    """Tokenizes the texts of a request: as many as there are contexts, spread over the wordings.
+
+    Every wording has one text without context; the other contexts are dealt to the wordings in turn.
+
+    Raises:
+        ValueError: a bad context, or a text longer than the model's context.
+    """
+    contexts, wordings = check_contexts(contexts), range(len(request.wordings))
+    pairs = [(SLOT, wording) for wording in wordings]
+    spare = max(0, len(contexts) - len(pairs))
+    pairs += [(context, j % len(wordings)) for j, context in enumerate(contexts[1 : 1 + spare])]
+    rewriting = tuple(_rewriting_text(model, request, context, wording) for context, wording in pairs)
+    essence = encode(model, f"{request.subject} is a")
+    subject_end = find_subject(essence.text, request.subject)[1]
+    return RequestTexts(request, rewriting, essence, essence.last_covering(subject_end - 1))
+
+
+def _rewriting_text(model: TransformerBridge, request: EditRequest, context: str, wording: int) -> RewritingText:
+    prompt = fill(context, fill(request.wordings[wording], request.subject))
+    completion = encode_completion(model, prompt, request.target_new)
+    subject_end = find_subject(prompt, request.subject)[1]
+    return RewritingText(completion, completion.tokens.last_covering(subject_end - 1), wording)
+
+
+@dataclass(frozen=True)
+class RewritingBatch:
+    """The texts of several requests in one padded batch: first all rewriting texts, then one essence text a request.
+
+    Attributes:
+        texts: per request.
+        tokens: the padded rows, ``text`` rewriting texts and ``request`` essence texts.
+        owner: the request of each row.
+        subject_last: column of the subject-last token of each row.
+        prompt_last: column of the prompt-last token of each rewriting text.
+        target: the target's tokens of each rewriting text, filled up with -100.
+    """
+
+    texts: tuple[RequestTexts, ...]
+    tokens: TokenBatch
+    owner: Int[Tensor, " row"]
+    subject_last: Int[Tensor, " row"]
+    prompt_last: Int[Tensor, " text"]
+    target: Int[Tensor, "text target"]
+
+    @property
+    def n_texts(self) -> int:
+        """Number of rewriting texts."""
+        return len(self.prompt_last)
+
+    def mean_per_request(self, per_text: Tensor) -> Tensor:
+        """Averages over each request's rewriting texts: ``[text ...] -> [request ...]``."""
+        owner = self.owner[: self.n_texts]
+        total = per_text.new_zeros(len(self.texts), *per_text.shape[1:]).index_add(0, owner, per_text)
+        counts = torch.bincount(owner, minlength=len(self.texts)).to(per_text.dtype)
+        return total / counts.view(-1, *[1] * (per_text.ndim - 1))
+
+
+def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts]) -> RewritingBatch:
+    """Pads the texts of several requests to one batch."""
+    flat = [(r, text) for r, request in enumerate(texts) for text in request.rewriting]
+    tokens = pad(model, [t.completion.tokens for _, t in flat] + [request.essence for request in texts])
+    device = tokens.ids.device
+    width = max(len(t.completion.target) for _, t in flat)
+    target = torch.full((len(flat), width), IGNORED, device=device)
+    for i, (_, text) in enumerate(flat):
+        target[i, : len(text.completion.target)] = torch.tensor(text.completion.target, device=device)
+    subject_last = [t.subject_last for _, t in flat] + [request.essence_subject_last for request in texts]
+    return RewritingBatch(
+        texts=tuple(texts),
+        tokens=tokens,
+        owner=torch.tensor([r for r, _ in flat] + list(range(len(texts))), device=device),
+        subject_last=tokens.columns(subject_last),
+        prompt_last=tokens.starts[: len(flat)] + torch.tensor([t.completion.prompt_last for _, t in flat], device=device),
+        target=target,
+    )

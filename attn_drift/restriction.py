@@ -1,0 +1,255 @@
+"""SADR, selective attention drift restriction: a loss term that holds drifting heads to their vanilla attention.
+
+    threshold[l,b]  = max_h' A[l,h',t_b,s_b]
+    selected[l,h,b] = A*[l,h,t_b,s_b] > threshold[l,b]
+    L_SADR = (1/B) sum_l sum_b sum_h selected[l,h,b] * KL(A[l,h,t_b,:] || A*[l,h,t_b,:])
+
+(method.md, section 3; Wang et al., ICLR 2025, section 4). The value optimiser takes any `Restriction`; it knows
+nothing of attention, and nothing here knows an editor.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from einops import einsum, reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.hooks import pattern_point
+from attn_drift.models import check_layer
+from attn_drift.requests import RewritingBatch
+
+FLOOR = 1e-8
+
+Rows = Float[Tensor, "layer text head query key"]
+Subject = Float[Tensor, "layer text head query"]
+Selected = Bool[Tensor, "layer text head query"]
+
+
+@dataclass(frozen=True, eq=False)
+class Penalty:
+    """What a restriction costs.
+
+    Attributes:
+        loss: its weighted term of each rewriting text's loss.
+        selected: share of query rows on which each head of each layer of the model was held; None where a
+            restriction is not one of heads.
+    """
+
+    loss: Float[Tensor, " text"]
+    selected: Float[Tensor, "text layer head"] | None = None
+
+
+class LossTerm(Protocol):
+    """A restriction bound to a model and an edit's layer."""
+
+    @property
+    def points(self) -> list[str]:
+        """The hook points that it reads."""
+        ...
+
+    def observe(self, activations: dict[str, Tensor], batch: RewritingBatch) -> Any:
+        """What it keeps of them: asked once of the vanilla model, and at every step, gradients kept."""
+        ...
+
+    def penalty(self, vanilla: Any, edited: Any, batch: RewritingBatch) -> Penalty:
+        """The term, from what `observe` returned for the vanilla and for the edited model."""
+        ...
+
+
+class Restriction(Protocol):
+    """A loss term on what an edit does to activations on its rewriting texts."""
+
+    def bind(self, model: TransformerBridge, layer: int) -> LossTerm:
+        """The term for an edit of ``layer``; raises a ValueError for settings that the model cannot meet."""
+        ...
+
+
+class HeadRule(Protocol):
+    """Which heads are held: attention to the subject-last token, vanilla and edited, to a selection."""
+
+    def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected: ...
+
+
+@dataclass(frozen=True)
+class LayerMax:
+    """The paper's rule: heads whose attention to the subject exceeds what any head of the layer gave it before."""
+
+    def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
+        return edited > vanilla.amax(2, keepdim=True)
+
+
+@dataclass(frozen=True)
+class AllHeads:
+    """Every head of every layer: the paper's ablation."""
+
+    def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
+        return torch.ones_like(edited, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Per text, the ``k`` heads of all restricted layers whose attention to the subject rose most, if it rose."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k is {self.k}; expected at least one head")
+
+    def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
+        drift = (edited - vanilla).permute(1, 3, 0, 2)
+        flat = drift.flatten(2)
+        chosen = torch.zeros_like(flat, dtype=torch.bool)
+        chosen.scatter_(2, flat.topk(min(self.k, flat.shape[2]), dim=2).indices, True)
+        return (chosen & (flat > 0)).view(drift.shape).permute(2, 0, 3, 1)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Heads whose own attention to the subject rose by more than ``margin``."""
+
+    margin: float
+
+    def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
+        return edited > vanilla + self.margin
+
+
+@dataclass(frozen=True)
+class FixedHeads:
+    """A fixed set of ``(layer, head)``."""
+
+    heads: frozenset[tuple[int, int]]
+
+    def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
+        selected = torch.zeros_like(edited, dtype=torch.bool)
+        for layer, head in self.heads:
+            if layer in layers:
+                selected[layers.index(layer), :, head] = True
+        return selected
+
+
+def _kl(p: Rows, q: Rows) -> Float[Tensor, "layer text head query"]:
+    return ((p + FLOOR) * ((p + FLOOR) / (q + FLOOR)).log()).sum(-1)
+
+
+def _js(p: Rows, q: Rows) -> Float[Tensor, "layer text head query"]:
+    middle = (p + q) / 2
+    return (_kl(p, middle) + _kl(q, middle)) / 2
+
+
+DIVERGENCES: dict[str, Callable[[Rows, Rows], Tensor]] = {
+    "kl": _kl,
+    "reverse_kl": lambda p, q: _kl(q, p),
+    "js": _js,
+    "l2": lambda p, q: (p - q).square().sum(-1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SADR:
+    """Selective attention drift restriction.
+
+    Attributes:
+        gamma: its weight. Layers and heads are summed, so that its strength grows with their number; the published
+            scales are 0.01 (ROME), 0.005 (MEMIT) and 0.08 (PMET), all on GPT-J.
+        heads: which heads are held, decided anew at every step: `LayerMax` (the paper's), `AllHeads`, `TopK`,
+            `Margin`, `FixedHeads`, or any function of that form.
+        divergence: of vanilla rows ``A`` against edited rows ``A*``: ``"kl"`` is KL(A || A*), the paper's;
+            ``"reverse_kl"``, ``"js"`` (Jensen-Shannon), ``"l2"`` (squared).
+        layers: which layers; all above the edited one when None (those below cannot change).
+        queries: whose rows are held: those of the ``"prompt_last"`` token, the paper's, or of all tokens
+            ``"after_subject"`` up to it, averaged.
+    """
+
+    gamma: float
+    heads: HeadRule = LayerMax()
+    divergence: Literal["kl", "reverse_kl", "js", "l2"] = "kl"
+    layers: tuple[int, ...] | None = None
+    queries: Literal["prompt_last", "after_subject"] = "prompt_last"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma < float("inf"):
+            raise ValueError(f"gamma is {self.gamma}; expected a number of at least 0")
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"the divergence is {self.divergence!r}; expected one of {list(DIVERGENCES)}")
+        if self.queries not in ("prompt_last", "after_subject"):
+            raise ValueError(f"queries is {self.queries!r}; expected 'prompt_last' or 'after_subject'")
+
+    def restricted_layers(self, model: TransformerBridge, layer: int) -> tuple[int, ...]:
+        """The layers that are restricted for an edit of ``layer``.
+
+        Raises:
+            ValueError: there are none, one is out of range, or a fixed head does not exist.
+        """
+        layers = tuple(range(layer + 1, model.cfg.n_layers)) if self.layers is None else self.layers
+        for chosen in layers:
+            check_layer(model, chosen)
+        if not layers:
+            raise ValueError(
+                f"no layer is left to restrict above the edited layer {layer} of {model.cfg.n_layers}; edit an "
+                "earlier layer"
+            )
+        if isinstance(self.heads, FixedHeads):
+            for chosen, head in self.heads.heads:
+                if chosen not in layers or not 0 <= head < model.cfg.n_heads:
+                    raise ValueError(
+                        f"the head L{chosen}H{head} is not among the {model.cfg.n_heads} heads of the restricted "
+                        f"layers {layers}"
+                    )
+        return layers
+
+    def bind(self, model: TransformerBridge, layer: int) -> "BoundSADR":
+        """The loss term for an edit of ``layer``."""
+        return BoundSADR(self, self.restricted_layers(model, layer), model.cfg.n_layers)
+
+
+@dataclass(frozen=True)
+class BoundSADR:
+    """SADR for one model and edited layer: a `LossTerm`."""
+
+    settings: SADR
+    layers: tuple[int, ...]
+    n_layers: int
+
+    @property
+    def points(self) -> list[str]:
+        """The patterns of the restricted layers."""
+        return [pattern_point(layer) for layer in self.layers]
+
+    def observe(self, activations: dict[str, Tensor], batch: RewritingBatch) -> Rows:
+        """The restricted query rows of the rewriting texts, in float32 at least."""
+        columns, _ = self._queries(batch)
+        texts = torch.arange(batch.n_texts, device=columns.device)[:, None]
+        # Advanced indices around a slice put their axes first: [text query head key].
+        rows = [activations[point][texts, :, columns].transpose(1, 2) for point in self.points]
+        stacked = torch.stack(rows)
+        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+
+    def penalty(self, vanilla: Rows, edited: Rows, batch: RewritingBatch) -> Penalty:
+        """``gamma * L_SADR`` of each text."""
+        _, weights = self._queries(batch)
+        subject = batch.subject_last[: batch.n_texts].view(1, -1, 1, 1, 1)
+        before = vanilla.gather(-1, subject.expand(*vanilla.shape[:-1], 1)).squeeze(-1)
+        after = edited.detach().gather(-1, subject.expand(*edited.shape[:-1], 1)).squeeze(-1)
+        selected = self.settings.heads(before, after, self.layers)
+        held = einsum(selected.to(vanilla.dtype), weights.to(vanilla.dtype), "l b h q, b q -> l b h q")
+        divergence = DIVERGENCES[self.settings.divergence](vanilla, edited)
+        loss = self.settings.gamma * einsum(held, divergence, "l b h q, l b h q -> b")
+        share = held.new_zeros(batch.n_texts, self.n_layers, held.shape[2])
+        share[:, list(self.layers)] = reduce(held, "l b h q -> b l h", "sum")
+        return Penalty(loss, share)
+
+    def _queries(self, batch: RewritingBatch) -> tuple[Int[Tensor, "text query"], Float[Tensor, "text query"]]:
+        """Columns of the restricted rows of each text, and their weights, which sum to one (0: filling)."""
+        last = batch.prompt_last[:, None]
+        if self.settings.queries == "prompt_last":
+            return last, torch.ones_like(last, dtype=torch.float32)
+        # A prompt that ends in its subject has no row after it but its own last.
+        first = torch.minimum(batch.subject_last[: batch.n_texts, None] + 1, last)
+        columns = first + torch.arange(int((last - first).max()) + 1, device=last.device)
+        inside = (columns <= last).float()
+        return torch.minimum(columns, last), inside / inside.sum(1, keepdim=True)

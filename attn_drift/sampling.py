@@ -1,0 +1,110 @@
+"""Texts sampled from the model itself: the contexts of an edit, and the text of a second moment."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.files import cache_path, replacing
+from attn_drift.models import fingerprint
+from attn_drift.requests import SLOT
+from attn_drift.tokens import encode, own_tokenizer
+
+# ROME's context templates: first words, and (length in tokens, how many of each first word).
+STARTS = ("The", "Therefore", "Because", "I", "You")
+LENGTHS = ((5, 2), (10, 2))
+TOP_K = 5
+
+SEQUENCES_AT_ONCE = 256
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """A seed from a generator (0 without one). Drawn whether or not a cache will be hit, so that a cache changes nothing."""
+    return 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator))
+
+
+def sample_contexts(model: TransformerBridge, generator: torch.Generator | None = None) -> list[str]:
+    """ROME's contexts: the empty one, and 20 short texts of the model's own, each ended with ``". "``.
+
+    Ten have 5 tokens and ten have 10, started from ``STARTS``, sampled with top-k 5 (method.md, section 2). They
+    are cached, keyed by the model's weights, the seed and the settings.
+    """
+    seed = draw_seed(generator)
+    key = {"model": fingerprint(model), "seed": seed, "starts": STARTS, "lengths": LENGTHS, "top_k": TOP_K}
+    path = cache_path("contexts", ".json", key)
+    if path.is_file():
+        return [str(context) for context in json.loads(path.read_text(encoding="utf-8"))]
+    contexts = [SLOT]
+    with _seeded(seed):
+        for length, repeats in LENGTHS:
+            for start in STARTS:
+                prompt = torch.tensor([encode(model, start).ids] * repeats)
+                sampled = _generate(model, prompt, max(1, length - prompt.shape[1]), top_k=TOP_K)
+                contexts += [f"{_clean(text)}. {SLOT}" for text in _decode(model, sampled)]
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(contexts), encoding="utf-8")
+    return contexts
+
+
+def sample_documents(model: TransformerBridge, n_tokens: int, length: int, seed: int) -> list[str]:
+    """About ``n_tokens`` tokens of the model's own text, in texts of ``length`` tokens started from its BOS or EOS.
+
+    Raises:
+        ValueError: the tokenizer has neither token to start from.
+    """
+    tokenizer = own_tokenizer(model)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(
+            "the tokenizer has neither a BOS nor an EOS token to sample the model's own text from; hand in "
+            "moment=second_moment(model, layer, texts)"
+        )
+    n_texts = -(-n_tokens // length)
+    texts: list[str] = []
+    with _seeded(seed), tqdm(total=n_texts, desc="sampling the model's own text", leave=False) as progress:
+        while len(texts) < n_texts:
+            prompt = torch.full((min(SEQUENCES_AT_ONCE, n_texts - len(texts)), 1), start)
+            texts += _decode(model, _generate(model, prompt, length))
+            progress.update(len(prompt))
+    return [text for text in texts if text.strip()]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """A block with a random state of its own: generation only draws from the global one."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _generate(
+    model: TransformerBridge, prompt: Int[Tensor, "text pos"], new: int, top_k: int | None = None
+) -> Int[Tensor, "text longer"]:
+    """Continues token prompts by sampling at temperature 1; end tokens do not stop it."""
+    device = next(model.parameters()).device
+    generated: Tensor = model.generate(
+        prompt.to(device),
+        max_new_tokens=new,
+        do_sample=True,
+        top_k=top_k,
+        stop_at_eos=False,
+        prepend_bos=False,
+        return_type="tokens",
+        verbose=False,
+    )
+    return generated
+
+
+def _decode(model: TransformerBridge, ids: Int[Tensor, "text pos"]) -> list[str]:
+    texts: list[str] = own_tokenizer(model).batch_decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def _clean(text: str) -> str:
+    """Braces and line breaks become spaces, as in ROME: braces would look like the prompt's place."""
+    return " ".join(text.replace("{", " ").replace("}", " ").split())

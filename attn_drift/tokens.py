@@ -1,0 +1,206 @@
+"""Texts to tokens: once, with the tokenizer's own special-token convention, and with character offsets.
+
+Positions of subjects and targets come from offsets, never from tokenizing pieces apart, so that merged spaces and
+BOS tokens cannot shift them.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenized text, without padding.
+
+    Attributes:
+        text: the text.
+        ids: token ids, special tokens in front included.
+        offsets: per token the half-open range of characters it covers; ``(0, 0)`` for special tokens.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def last_covering(self, char: int) -> int:
+        """Index of the last token that covers the character at ``char``.
+
+        Raises:
+            ValueError: no token covers it (a tokenizer without usable offsets).
+        """
+        for index in range(len(self.ids) - 1, -1, -1):
+            start, stop = self.offsets[index]
+            if start <= char < stop:
+                return index
+        raise ValueError(
+            f"no token of {self.text!r} covers character {char}: the tokenizer's offsets are unusable; "
+            "load a fast tokenizer of a recent `tokenizers` release"
+        )
+
+    def first_reaching(self, char: int) -> int:
+        """Index of the first token that covers any character from ``char`` on."""
+        for index, (_, stop) in enumerate(self.offsets):
+            if stop > char:
+                return index
+        raise ValueError(f"no token of {self.text!r} reaches character {char} (it has {len(self.text)} characters)")
+
+    def span(self, start: int, stop: int) -> range:
+        """Indices of the tokens that cover the characters ``start`` to ``stop``."""
+        return range(self.first_reaching(start), self.last_covering(stop - 1) + 1)
+
+    def head(self, n: int) -> "Tokens":
+        """The first ``n`` tokens (the text is kept whole, for messages)."""
+        return Tokens(self.text, self.ids[:n], self.offsets[:n])
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Padded texts, as models take them.
+
+    Attributes:
+        rows: the texts without padding.
+        ids: token ids, shape ``[text pos]``.
+        mask: True at real tokens, shape ``[text pos]``.
+        starts: column of each text's first token, shape ``[text]`` (not 0 under left padding).
+    """
+
+    rows: tuple[Tokens, ...]
+    ids: Int[Tensor, "text pos"]
+    mask: Bool[Tensor, "text pos"]
+    starts: Int[Tensor, " text"]
+
+    def columns(self, indices: Sequence[int]) -> Int[Tensor, " text"]:
+        """Columns in ``ids`` of one token index per text."""
+        return self.starts + torch.tensor(indices, device=self.starts.device)
+
+    def last_columns(self) -> Int[Tensor, " text"]:
+        """Column of each text's last token."""
+        return self.columns([len(row) - 1 for row in self.rows])
+
+
+_originals: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
+
+
+def own_tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the special-token convention it was published with.
+
+    TransformerLens loads a tokenizer a second time with ``add_bos_token=True``; here it is loaded as it was. (A bridge
+    from `load_model` already has it so.)
+    """
+    tokenizer = model.tokenizer
+    if not tokenizer.init_kwargs.get("add_bos_token"):
+        return tokenizer
+    if tokenizer not in _originals:
+        try:
+            _originals[tokenizer] = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+        except (OSError, ValueError):  # made in memory: nothing else to go by
+            return tokenizer
+    return _originals[tokenizer]
+
+
+def encode(model: TransformerBridge, text: str) -> Tokens:
+    """Tokenizes one text as the tokenizer itself would (BOS only where its own convention adds one).
+
+    Raises:
+        ValueError: an empty text, or one longer than the model's context.
+    """
+    if not text:
+        raise ValueError("the text is empty; expected at least one character")
+    encoded = own_tokenizer(model)(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, offsets, special = encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]
+    # A tokenizer that closes texts (EOS) would put its mark between the prompt and what the model is to predict.
+    while ids and special[-1] and offsets[-1][0] == offsets[-1][1]:
+        ids, offsets, special = ids[:-1], offsets[:-1], special[:-1]
+    if not ids:
+        raise ValueError(f"the tokenizer makes no token of {text!r}; expected a text with visible characters")
+    limit = model.cfg.n_ctx
+    if len(ids) > limit:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, more than the model's context of {limit}; shorten it: {text[:80]!r}..."
+        )
+    return Tokens(text, tuple(ids), tuple((int(a), int(b)) for a, b in offsets))
+
+
+def pad(model: TransformerBridge, rows: Sequence[Tokens]) -> TokenBatch:
+    """Pads tokenized texts to one batch on the model's device, on the side that ``model.tokenizer.padding_side`` says."""
+    if not rows:
+        raise ValueError("no texts were given; expected at least one")
+    left = model.tokenizer.padding_side == "left"
+    filler = model.tokenizer.pad_token_id
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), 0 if filler is None else filler)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    starts = torch.tensor([width - len(row) if left else 0 for row in rows])
+    for i, row in enumerate(rows):
+        columns = slice(int(starts[i]), int(starts[i]) + len(row))
+        ids[i, columns] = torch.tensor(row.ids)
+        mask[i, columns] = True
+    device = next(model.parameters()).device
+    return TokenBatch(tuple(rows), ids.to(device), mask.to(device), starts.to(device))
+
+
+def find_subject(text: str, subject: str) -> tuple[int, int]:
+    """Characters of the last occurrence of ``subject`` in ``text``: as whole words where there is such a one.
+
+    Raises:
+        ValueError: the subject is empty or does not occur.
+    """
+    if not subject.strip():
+        raise ValueError(f"the subject is empty ({subject!r}); expected the words that name the edited entity")
+    subject = subject.strip()
+    whole_words = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text))
+    start = whole_words[-1].start() if whole_words else text.rfind(subject)
+    if start < 0:
+        raise ValueError(f"the subject {subject!r} does not occur in {text!r}")
+    return start, start + len(subject)
+
+
+def subject_span(tokens: Tokens, subject: str) -> range:
+    """Indices of the tokens of the subject's last occurrence; its last element is the subject-last token ``s_b``."""
+    return tokens.span(*find_subject(tokens.text, subject))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and its continuation, tokenized together.
+
+    Attributes:
+        tokens: all tokens but the last of the target: what the model is given.
+        prompt_last: index of the prompt's last token, ``t_b``: the first target token is predicted there.
+        target: ids of the target's tokens, predicted at ``prompt_last`` and after.
+    """
+
+    tokens: Tokens
+    prompt_last: int
+    target: tuple[int, ...]
+
+
+def encode_completion(model: TransformerBridge, prompt: str, target: str) -> Completion:
+    """Tokenizes a prompt with its continuation, a space between them where neither brings one.
+
+    Raises:
+        ValueError: an empty target, or a tokenizer that merges the prompt's end with the target.
+    """
+    if not target.strip():
+        raise ValueError(f"the target of {prompt!r} is empty ({target!r}); expected the words to predict")
+    text = prompt.rstrip() + " " + target.strip()
+    tokens = encode(model, text)
+    # The leading space may be a token of its own or belong to the first word of the target: both are the target's.
+    first = tokens.first_reaching(len(prompt.rstrip()))
+    if first == 0 or tokens.offsets[first][0] < len(prompt.rstrip()):
+        raise ValueError(
+            f"the tokenizer merges the end of {prompt!r} with the target {target!r}, so that the prompt has no last "
+            "token of its own; end the prompt at a word boundary"
+        )
+    return Completion(tokens.head(len(tokens) - 1), first - 1, tokens.ids[first:])
