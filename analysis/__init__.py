@@ -1,0 +1,1 @@
+"""Quantify attention drift, explain what it breaks, show it."""

@@ -1,0 +1,60 @@
+"""Cases of the demo world: facts to edit, and what each edit must and must not change."""
+
+import random
+
+from attn_drift.datasets import Case, Probe, distracting
+from attn_drift.demo.world import World
+from attn_drift.requests import EditRequest, fill
+
+# Of each relation's wordings: the edit's own, the one a rephrased edit adds, and those that measure paraphrases.
+EDIT, REPHRASING, PARAPHRASES = 0, 1, (2, 3, 4)
+NEIGHBOURS = 8
+
+
+def demo_cases(world: World, n: int, seed: int) -> list[Case]:
+    """Draws ``n`` facts, each of another person, with a new object each.
+
+    Texts whose right object happens to be the edit's new object are left out: they cannot be judged.
+
+    Raises:
+        ValueError: ``n`` is not between 1 and the number of people.
+    """
+    if not 1 <= n <= len(world.people):
+        raise ValueError(f"{n} cases were asked for; the demo world has facts for 1 to {len(world.people)}")
+    rng = random.Random(seed)
+    return [_case(world, person, rng) for person in rng.sample(world.people, n)]
+
+
+def rephrased(world: World, case: Case) -> EditRequest:
+    """The request of a case with a second wording of its question, one that no score uses."""
+    relation = next(r for r in world.relations.values() if r.templates[EDIT] == case.request.prompt)
+    return case.request.rephrased(relation.templates[REPHRASING])
+
+
+def _case(world: World, person: str, rng: random.Random) -> Case:
+    name = rng.choice(list(world.relations))
+    relation = world.relations[name]
+    old = world.facts[person][name]
+    new = rng.choice([o for o in relation.objects if o != old])
+    request = EditRequest(relation.templates[EDIT], person, new, old)
+    others = [p for p in world.people if p != person and world.facts[p][name] != new]
+    neighbours = tuple(
+        Probe(fill(relation.templates[EDIT], p), world.facts[p][name], new) for p in rng.sample(others, NEIGHBOURS)
+    )
+    elsewhere = tuple(
+        Probe(fill(other.templates[template], person), world.facts[person][key], new)
+        for key, other in world.relations.items()
+        for template in (EDIT, REPHRASING)
+        if key != name and world.facts[person][key] != new
+    )
+    return Case(
+        case_id=f"{person}/{name}",
+        request=request,
+        probes={
+            "ES": (Probe(request.question, new, old),),
+            "PS": tuple(Probe(fill(relation.templates[t], person), new, old) for t in PARAPHRASES),
+            "NS": neighbours,
+            "DNS": tuple(distracting(request, probe) for probe in neighbours),
+            "RS": elsewhere,
+        },
+    )
