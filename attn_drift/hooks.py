@@ -92,8 +92,21 @@ def updating(
 
 
 def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Tensor, "text pos vocab"]:
-    """Runs the model on a padded batch, mask included, and returns its logits."""
+    """Runs the model on a padded batch, mask included, and returns its logits.
+
+    Raises:
+        FloatingPointError: the logits at a real token are NaN or infinite.
+    """
     logits: Tensor = model(batch.ids, attention_mask=batch.mask.long(), return_type="logits", **options)
+    # The final norm and the unembedding spread whatever is not finite over the whole vocabulary.
+    broken = (~torch.isfinite(logits[:, :, 0]) & batch.mask).any(1)
+    if broken.any():
+        text = batch.rows[int(broken.nonzero()[0, 0])].text
+        raise FloatingPointError(
+            f"{model.cfg.model_name} gives logits that are not finite on {text[:80]!r}. Likely causes: (a) a weight "
+            "has NaN; (b) an edit in effect is so large that the dtype overflows; (c) left padding in float64, which "
+            "Hugging Face's Llama attention turns into NaN: set model.tokenizer.padding_side = 'right'"
+        )
     return logits
 
 
@@ -107,7 +120,7 @@ def read(
     """
     store: dict[str, Tensor] = {}
     with torch.no_grad(), attached(model, reading(points, store)):
-        run(model, batch, **({} if stop_at_layer is None else {"stop_at_layer": stop_at_layer}))
+        model(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=stop_at_layer)
     silent = [point for point in points if point not in store]
     if silent:
         raise RuntimeError(f"the hook points {silent} of {model.cfg.model_name} did not fire; cannot read them")

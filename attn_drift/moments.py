@@ -19,7 +19,7 @@ from attn_drift.files import cache_path, replacing
 from attn_drift.hooks import key_point, read
 from attn_drift.models import check_layer, fingerprint, mlp_width
 from attn_drift.sampling import sample_documents
-from attn_drift.tokens import encode, pad
+from attn_drift.tokens import Tokens, encode, pad
 
 FORMAT = "attn_drift.moment.1"
 TEXTS_AT_ONCE = 32
@@ -111,8 +111,8 @@ class SecondMoment:
             raise ValueError(f"{path} is no second moment: {error}") from error
 
 
-def second_moment(model: TransformerBridge, layer: int, texts: Iterable[str]) -> SecondMoment:
-    """Averages ``k k^T`` over every token of the texts.
+def second_moment(model: TransformerBridge, layer: int, texts: Iterable[str | Tokens]) -> SecondMoment:
+    """Averages ``k k^T`` over every token of the texts (tokenized ones are taken as they are).
 
     Raises:
         ValueError: layer out of range, no texts, an empty text, or one longer than the context.
@@ -122,7 +122,7 @@ def second_moment(model: TransformerBridge, layer: int, texts: Iterable[str]) ->
     total = torch.zeros(width, width, dtype=torch.float64, device=next(model.parameters()).device)
     n_tokens = 0
     for batch in _batches(texts):
-        tokens = pad(model, [encode(model, text) for text in batch])
+        tokens = pad(model, [encode(model, text) if isinstance(text, str) else text for text in batch])
         point = key_point(layer)
         keys = read(model, tokens, [point], stop_at_layer=layer + 1)[point][tokens.mask].double()
         total += keys.T @ keys
@@ -139,7 +139,7 @@ def sampled_moment(model: TransformerBridge, layer: int, seed: int = 0) -> Secon
     """
     check_layer(model, layer)
     n_tokens = max(SAMPLED_TOKENS, SAMPLED_TOKENS_PER_KEY * mlp_width(model, layer))
-    length = min(SAMPLED_LENGTH, model.cfg.n_ctx - 1)
+    length = min(SAMPLED_LENGTH, model.cfg.n_ctx)
     key = {"model": fingerprint(model), "layer": layer, "seed": seed, "n_tokens": n_tokens, "length": length}
     path = cache_path("moments", ".safetensors", key)
     if path.is_file():
@@ -149,7 +149,7 @@ def sampled_moment(model: TransformerBridge, layer: int, seed: int = 0) -> Secon
     return moment
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str | Tokens]) -> Iterator[list[str | Tokens]]:
     stream = iter(texts)
     while batch := list(islice(stream, TEXTS_AT_ONCE)):
         yield batch

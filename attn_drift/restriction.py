@@ -10,7 +10,7 @@ nothing of attention, and nothing here knows an editor.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import einsum, reduce
@@ -43,6 +43,7 @@ class Penalty:
     selected: Float[Tensor, "text layer head"] | None = None
 
 
+@runtime_checkable
 class LossTerm(Protocol):
     """A restriction bound to a model and an edit's layer."""
 
@@ -60,6 +61,7 @@ class LossTerm(Protocol):
         ...
 
 
+@runtime_checkable
 class Restriction(Protocol):
     """A loss term on what an edit does to activations on its rewriting texts."""
 
@@ -68,6 +70,7 @@ class Restriction(Protocol):
         ...
 
 
+@runtime_checkable
 class HeadRule(Protocol):
     """Which heads are held: attention to the subject-last token, vanilla and edited, to a selection."""
 

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from attn_drift.files import cache_path, replacing
 from attn_drift.models import fingerprint
 from attn_drift.requests import SLOT
-from attn_drift.tokens import encode, own_tokenizer
+from attn_drift.tokens import Tokens, encode, own_tokenizer
 
 # ROME's context templates: first words, and (length in tokens, how many of each first word).
 STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -51,8 +51,10 @@ def sample_contexts(model: TransformerBridge, generator: torch.Generator | None 
     return contexts
 
 
-def sample_documents(model: TransformerBridge, n_tokens: int, length: int, seed: int) -> list[str]:
-    """About ``n_tokens`` tokens of the model's own text, in texts of ``length`` tokens started from its BOS or EOS.
+def sample_documents(model: TransformerBridge, n_tokens: int, length: int, seed: int) -> list[Tokens]:
+    """About ``n_tokens`` tokens of the model's own text, in sequences of ``length`` tokens started from its BOS or EOS.
+
+    The sequences are kept as they were sampled: tokenizing their text again could give other tokens.
 
     Raises:
         ValueError: the tokenizer has neither token to start from.
@@ -65,13 +67,15 @@ def sample_documents(model: TransformerBridge, n_tokens: int, length: int, seed:
             "moment=second_moment(model, layer, texts)"
         )
     n_texts = -(-n_tokens // length)
-    texts: list[str] = []
+    documents: list[Tokens] = []
     with _seeded(seed), tqdm(total=n_texts, desc="sampling the model's own text", leave=False) as progress:
-        while len(texts) < n_texts:
-            prompt = torch.full((min(SEQUENCES_AT_ONCE, n_texts - len(texts)), 1), start)
-            texts += _decode(model, _generate(model, prompt, length))
+        while len(documents) < n_texts:
+            prompt = torch.full((min(SEQUENCES_AT_ONCE, n_texts - len(documents)), 1), start)
+            sampled = _generate(model, prompt, length - 1)
+            for ids, text in zip(sampled.tolist(), _decode(model, sampled), strict=True):
+                documents.append(Tokens(text, tuple(ids), ((0, 0),) * len(ids)))
             progress.update(len(prompt))
-    return [text for text in texts if text.strip()]
+    return documents
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""Small random models of several architectures, made on the spot, and the demo model.
+
+Shape annotations of both packages are checked at run time.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Before anything imports them; an empty cache, so that no run depends on another.
+install_import_hook(["attn_drift", "analysis"], "beartype.beartype")
+os.environ["ATTN_DRIFT_CACHE"] = tempfile.mkdtemp(prefix="attn-drift-test-cache-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from small_models import ARCHITECTURES, make_hf_model, make_tokenizer
+from transformer_lens.model_bridge import TransformerBridge
+
+import attn_drift as ad
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., TransformerBridge]:
+    """Makes a small random model: the same weights for the same arguments."""
+
+    def make(architecture: str = "gpt2", dtype: torch.dtype = torch.float32, bos: bool = False) -> TransformerBridge:
+        return ad.load_model(make_hf_model(architecture), make_tokenizer(bos), dtype=dtype, device="cpu")
+
+    return make
+
+
+@pytest.fixture
+def small(make_model: Callable[..., TransformerBridge]) -> TransformerBridge:
+    return make_model("gpt2")
+
+
+@pytest.fixture(scope="session")
+def _demo() -> TransformerBridge:
+    return ad.load_model("demo", device="cpu")
+
+
+@pytest.fixture
+def demo(_demo: TransformerBridge) -> Iterator[TransformerBridge]:
+    """The demo model; a test that leaves a hook or another weight behind fails."""
+    before = {name: weight.clone() for name, weight in _demo.original_model.state_dict().items()}
+    yield _demo
+    assert all(torch.equal(weight, before[name]) for name, weight in _demo.original_model.state_dict().items())
+    assert n_hooks(_demo) == 0
+
+
+def n_hooks(model: TransformerBridge) -> int:
+    """Number of hooks that are attached to a model."""
+    return sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in model.hook_dict.values())
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}")
+    return folder

@@ -1,0 +1,141 @@
+"""ROME and SADR written down plainly from method.md: a Hugging Face model, one whole text at a time, no hooks.
+
+Shares nothing with the project: texts are tokenized in pieces, Adam is written out, C is inverted.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from small_models import DOWN_PROJECTIONS
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+class Probed(nn.Module):
+    """A down-projection that remembers its input and adds a vector at one position."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.position, self.vector = inner, 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.key = x[0, self.position].detach()
+        out = self.inner(x)
+        self.value = out[0, self.position].detach()
+        if self.vector is None:
+            return out
+        here = torch.zeros(out.shape[1], 1, dtype=out.dtype)
+        here[self.position] = 1
+        return out + here * self.vector
+
+
+@dataclass
+class Settings:
+    layer: int
+    steps: int
+    learning_rate: float = 0.5
+    weight_decay: float = 0.5
+    clamp: float = 4.0
+    kl_factor: float = 0.0625
+    ridge: float = 1e-4
+    gamma: float = 0.0
+    all_heads: bool = False
+
+
+def reference_rome(
+    architecture: str,
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    subject: str,
+    target: str,
+    contexts: list[str],
+    C: Tensor,
+    s: Settings,
+) -> tuple[Tensor, list[float]]:
+    """The update ``Delta`` [d_mlp d_model] and the loss at every evaluation. ``prompts`` has a {} each."""
+    hf = copy.deepcopy(hf)
+    stack, inside = DOWN_PROJECTIONS[architecture]
+    block = hf.get_submodule(stack)[s.layer]
+    parent, name = inside.rsplit(".", 1)
+    probe = Probed(block.get_submodule(inside))
+    setattr(block.get_submodule(parent), name, probe)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    target_ids = tokenizer(" " + target, add_special_tokens=False)["input_ids"]
+    n = max(len(contexts), len(prompts))
+    plan = [("{}", p) for p in prompts]
+    plan += [(c, prompts[j % len(prompts)]) for j, c in enumerate(contexts[1:])]
+    texts = []
+    for context, prompt in plan[:n]:
+        before_slot = context.replace("{}", "") + prompt.split("{}")[0]
+        filled = context.replace("{}", prompt.replace("{}", subject))
+        s_b = len(ids(before_slot + subject)) - 1
+        texts.append((ids(filled) + target_ids[:-1], s_b, len(ids(filled)) - 1, prompt))
+    essence, essence_s = ids(f"{subject} is a"), len(ids(subject)) - 1
+
+    def forward(tokens: list[int], position: int, vector: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        probe.position, probe.vector = position, vector
+        out = hf(torch.tensor([tokens]), output_attentions=True)
+        return out.logits[0].log_softmax(-1), [a[0] for a in out.attentions]
+
+    vanilla = []
+    keys = []
+    with torch.no_grad():
+        for tokens, s_b, _, _ in texts:
+            vanilla.append(forward(tokens, s_b, None)[1])
+            keys.append(probe.key)
+            if len(keys) == 1:
+                v0 = probe.value
+        p0 = forward(essence, essence_s, None)[0][essence_s]
+
+    delta = torch.zeros_like(v0, requires_grad=True)
+    m, v = torch.zeros_like(v0), torch.zeros_like(v0)
+    losses = []
+    for step in range(s.steps):
+        nll, sadr = torch.zeros((), dtype=v0.dtype), torch.zeros((), dtype=v0.dtype)
+        for (tokens, s_b, t_b, _), before in zip(texts, vanilla, strict=True):
+            logp, after = forward(tokens, s_b, delta)
+            nll = nll - sum(logp[t_b + i, t] for i, t in enumerate(target_ids)) / len(target_ids) / len(texts)
+            if s.gamma:
+                for A, A_star in zip(before, after, strict=True):
+                    threshold = A[:, t_b, s_b].max()
+                    for h in range(len(A)):
+                        if s.all_heads or A_star[h, t_b, s_b] > threshold:
+                            p, q = A[h, t_b] + 1e-8, A_star[h, t_b] + 1e-8
+                            sadr = sadr + (p * (p / q).log()).sum() / len(texts)
+        now = forward(essence, essence_s, delta)[0][essence_s]
+        kl = (p0.exp() * (p0 - now)).sum()
+        norm = delta.norm() if delta.any() else (delta * 0).sum()
+        loss = nll + s.kl_factor * kl + s.weight_decay * norm / v0.norm() ** 2 + s.gamma * sadr
+        losses.append(loss.item())
+        if loss < 0.05 or step == s.steps - 1:
+            break
+        (g,) = torch.autograd.grad(loss, delta)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        with torch.no_grad():
+            m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+            delta -= s.learning_rate * m_hat / (v_hat.sqrt() + 1e-8)
+            if delta.norm() > s.clamp * v0.norm():
+                delta *= s.clamp * v0.norm() / delta.norm()
+
+    C = C + s.ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+    K = torch.stack(keys)
+    if len(prompts) == 1:
+        u = C.inverse() @ K.mean(0)
+        w = u / (u @ K[0])
+    else:
+        columns = []
+        for prompt in prompts:
+            own = [k for k, t in zip(K, texts, strict=True) if t[3] == prompt]
+            columns.append(own[0])
+            if len(own) > 1:
+                columns.append(torch.stack(own).mean(0))
+        Ks = torch.stack(columns, 1)
+        gram = Ks.T @ C.inverse() @ Ks
+        gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=C.dtype)
+        w = C.inverse() @ Ks @ gram.inverse() @ torch.ones(len(gram), dtype=C.dtype)
+    return torch.outer(w, delta.detach()), losses

@@ -1,0 +1,254 @@
+"""ROME with and without SADR against the plain reference, and what must be true of any edit that it makes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from reference import Settings, reference_rome
+from small_models import make_hf_model, make_tokenizer
+from transformer_lens.model_bridge import TransformerBridge
+
+import attn_drift as ad
+from attn_drift.editors.rome import key_direction, subject_keys
+from attn_drift.hooks import key_point, read
+from attn_drift.models import fingerprint, mlp_width
+from attn_drift.requests import request_texts
+from attn_drift.tokens import encode, pad
+
+CONTEXTS = ["{}", "The man met a friend. {}", "Carla Moreau was seen by Ada Bellini. {}", "I. {}", "Because. {}"]
+START = "{} plays the"
+MIDDLE = "The man who met {} was"
+END = "The friend of"  # the subject ends the prompt
+
+Make = Callable[..., TransformerBridge]
+
+
+def moment_of(model: TransformerBridge, layer: int) -> ad.SecondMoment:
+    """A well-conditioned second moment, from a seed."""
+    width = mlp_width(model, layer)
+    keys = torch.randn(4 * width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return ad.SecondMoment(layer, keys.T @ keys / len(keys), len(keys), fingerprint(model))
+
+
+def compare(
+    model: TransformerBridge,
+    architecture: str,
+    bos: bool,
+    request: ad.EditRequest,
+    settings: Settings,
+    restrict: ad.SADR | None,
+) -> None:
+    """The update and all losses agree with the reference to 1e-5."""
+    moment = moment_of(model, settings.layer)
+    config = ad.ROMEConfig(
+        layer=settings.layer,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        ridge=settings.ridge,
+    )
+    edit = ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment, restrict=restrict)
+    hf = make_hf_model(architecture, torch.float64)
+    expected, losses = reference_rome(
+        architecture,
+        hf,
+        make_tokenizer(bos),
+        list(request.wordings),
+        request.subject,
+        request.target_new,
+        CONTEXTS,
+        moment.matrix,
+        settings,
+    )
+    given = edit.updates[settings.layer].delta()
+    assert edit.history is not None
+    torch.testing.assert_close(
+        edit.history.terms[:, 0], torch.tensor(losses, dtype=torch.float64), rtol=1e-5, atol=1e-8
+    )
+    assert (given - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.2])
+@pytest.mark.parametrize("prompt", [START, MIDDLE, END + " {}"])
+@pytest.mark.parametrize("target", ["cello", "zither quartet"])
+def test_equals_reference(make_model: Make, prompt: str, target: str, gamma: float) -> None:
+    model = make_model("gpt2", torch.float64)
+    request = ad.EditRequest(prompt, "Ada Bellini", target)
+    settings = Settings(layer=1, steps=10, learning_rate=0.1, gamma=gamma)
+    compare(model, "gpt2", False, request, settings, ad.SADR(gamma=gamma) if gamma else None)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_equals_reference_on_every_architecture(make_model: Make, architecture: str, side: str, bos: bool) -> None:
+    if side == "left" and architecture == "llama":
+        pytest.skip("Hugging Face's attention gives NaN for left padding in float64; see the test of the error")
+    model = make_model(architecture, torch.float64, bos)
+    model.tokenizer.padding_side = side
+    request = ad.EditRequest(MIDDLE, "Ada Bellini", "zither")
+    settings = Settings(layer=0, steps=10, learning_rate=0.1, gamma=0.2)
+    compare(model, architecture, bos, request, settings, ad.SADR(gamma=0.2))
+
+
+def test_left_padding_that_the_model_cannot_do_is_named(make_model: Make) -> None:
+    model = make_model("llama", torch.float64)
+    model.tokenizer.padding_side = "left"
+    with pytest.raises(FloatingPointError, match="padding_side = 'right'"):
+        ad.rome(
+            model,
+            ad.EditRequest(START, "Ada Bellini", "cello"),
+            config=ad.ROMEConfig(layer=1),
+            contexts=CONTEXTS,
+            moment=moment_of(model, 1),
+        )
+
+
+@pytest.mark.parametrize("name", ["neox", "llama"])
+def test_padding_side_changes_nothing_in_float32(make_model: Make, name: str) -> None:
+    edits = []
+    for side in ("left", "right"):
+        model = make_model(name)
+        model.tokenizer.padding_side = side
+        config = ad.ROMEConfig(layer=0, steps=5, learning_rate=0.1)
+        request = ad.EditRequest(MIDDLE, "Ada Bellini", "zither")
+        moment = moment_of(model, 0)
+        edits.append(
+            ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment, restrict=ad.SADR(gamma=0.2))
+        )
+    left, right = (edit.updates[0].delta() for edit in edits)
+    assert (left - right).norm() <= 1e-3 * right.norm()
+
+
+def test_equals_reference_with_all_heads(make_model: Make) -> None:
+    model = make_model("gpt2", torch.float64)
+    settings = Settings(layer=0, steps=10, learning_rate=0.1, gamma=0.3, all_heads=True)
+    compare(
+        model,
+        "gpt2",
+        False,
+        ad.EditRequest(START, "Ada Bellini", "organ"),
+        settings,
+        ad.SADR(gamma=0.3, heads=ad.AllHeads()),
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.2])
+def test_equals_reference_with_two_wordings(make_model: Make, gamma: float) -> None:
+    model = make_model("gpt2", torch.float64)
+    request = ad.EditRequest(START, "Ada Bellini", "organ").rephrased(MIDDLE)
+    settings = Settings(layer=1, steps=10, learning_rate=0.1, gamma=gamma)
+    compare(model, "gpt2", False, request, settings, ad.SADR(gamma=gamma) if gamma else None)
+
+
+def test_published_settings_equal_reference(make_model: Make) -> None:
+    """Learning rate 0.5 and the ball: the projection takes part."""
+    model = make_model("gpt2", torch.float64)
+    settings = Settings(layer=1, steps=10, learning_rate=2.0, weight_decay=0.5)
+    compare(model, "gpt2", False, ad.EditRequest(START, "Ada Bellini", "organ"), settings, None)
+
+
+def test_requests_do_not_influence_each_other(make_model: Make) -> None:
+    model = make_model("gpt2", torch.float64)
+    config = ad.ROMEConfig(layer=1, steps=8, learning_rate=0.2, stop_loss=3.0)
+    requests = [
+        ad.EditRequest(START, "Ada Bellini", "cello"),
+        ad.EditRequest("In town, {} plays", "Carla Moreau", "the violin").rephrased(MIDDLE),
+        ad.EditRequest(END + " {}", "The man", "organ"),
+    ]
+    options = {"config": config, "contexts": CONTEXTS, "moment": moment_of(model, 1), "restrict": ad.SADR(gamma=0.1)}
+    together = ad.rome(model, requests, **options)
+    for request, edit in zip(requests, together, strict=True):
+        alone = ad.rome(model, request, **options)
+        torch.testing.assert_close(edit.updates[1].delta(), alone.updates[1].delta(), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(edit.history.terms, alone.history.terms)
+        torch.testing.assert_close(edit.history.selected, alone.history.selected)
+
+
+def test_update_maps_key_to_value(make_model: Make, architecture: str) -> None:
+    """``W + Delta`` maps k0 to v0 + delta: the rank-one equation."""
+    model = make_model(architecture, torch.float64)
+    request = ad.EditRequest(START, "Ada Bellini", "cello")
+    config = ad.ROMEConfig(layer=1, steps=5)
+    edit = ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment_of(model, 1))
+    tokens = encode(model, request.question)
+    batch = pad(model, [tokens])
+    k0 = read(model, batch, [key_point(1)])[key_point(1)][0, encode(model, request.subject).ids.__len__() - 1]
+    gained = (k0 @ edit.updates[1].keys.T) @ edit.updates[1].values
+    # Llama takes its softmax in float32, whose rounding depends on the shape of the batch.
+    torch.testing.assert_close(gained, edit.updates[1].values[0], rtol=1e-5, atol=1e-6)
+
+
+def test_every_key_of_every_wording_gets_the_value(make_model: Make) -> None:
+    model = make_model("gpt2", torch.float64)
+    request = ad.EditRequest(START, "Ada Bellini", "cello").rephrased(MIDDLE)
+    texts = request_texts(model, request, CONTEXTS)
+    keys = subject_keys(model, 1, texts)
+    w = key_direction(keys, texts, moment_of(model, 1), 0.0)
+    own = [[i for i, t in enumerate(texts.rewriting) if t.wording == wording] for wording in (0, 1)]
+    for rows in own:
+        assert (w @ keys[rows[0]]).item() == pytest.approx(1, abs=1e-4)
+        assert (w @ keys[rows].mean(0)).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_zero_gamma_is_no_restriction(make_model: Make) -> None:
+    model = make_model("gpt2")
+    request = ad.EditRequest(START, "Ada Bellini", "cello")
+    options = {"config": ad.ROMEConfig(layer=1, steps=5), "contexts": CONTEXTS, "moment": moment_of(model, 1)}
+    plain = ad.rome(model, request, **options)
+    restricted = ad.rome(model, request, restrict=ad.SADR(gamma=0.0), **options)
+    assert torch.equal(plain.updates[1].delta(), restricted.updates[1].delta())
+
+
+def test_same_seed_same_edit_with_and_without_cache(make_model: Make) -> None:
+    model = make_model("gpt2")
+    request, config = ad.EditRequest(START, "Ada Bellini", "cello"), ad.ROMEConfig(layer=1, steps=3)
+    first, second = (
+        ad.rome(model, request, config=config, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+    )
+    other = ad.rome(model, request, config=config, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(first.updates[1].delta(), second.updates[1].delta())
+    assert not torch.equal(first.updates[1].delta(), other.updates[1].delta())
+
+
+def test_model_is_untouched(make_model: Make, architecture: str) -> None:
+    model = make_model(architecture)
+    before = {name: weight.clone() for name, weight in model.original_model.state_dict().items()}
+    grads = [weight.requires_grad for weight in model.original_model.parameters()]
+    ad.rome(
+        model,
+        ad.EditRequest(START, "Ada Bellini", "cello"),
+        config=ad.ROMEConfig(layer=1, steps=3),
+        contexts=CONTEXTS,
+        moment=moment_of(model, 1),
+        restrict=ad.SADR(gamma=0.1),
+    )
+    assert all(torch.equal(w, before[name]) for name, w in model.original_model.state_dict().items())
+    assert [weight.requires_grad for weight in model.original_model.parameters()] == grads
+    assert all(weight.grad is None for weight in model.original_model.parameters())
+
+
+def test_half_precision_models_take_an_edit(make_model: Make) -> None:
+    model = make_model("gpt2", torch.bfloat16)
+    edit = ad.rome(
+        model,
+        ad.EditRequest(START, "Ada Bellini", "cello"),
+        config=ad.ROMEConfig(layer=1, steps=5),
+        contexts=CONTEXTS,
+        moment=moment_of(model, 1),
+        restrict=ad.SADR(gamma=0.1),
+    )
+    assert edit.updates[1].values.dtype == torch.float32
+    assert torch.isfinite(edit.updates[1].delta()).all()
+
+
+def test_texts_are_spread_over_wordings(small: TransformerBridge) -> None:
+    request = ad.EditRequest(START, "Ada Bellini", "cello")
+    for wordings in (1, 2, 3):
+        texts = request_texts(small, request, CONTEXTS)
+        assert len(texts.rewriting) == len(CONTEXTS)
+        assert [t.completion.tokens.text for t in texts.rewriting[:wordings]] == [
+            w.replace("{}", "Ada Bellini") + " cello" for w in request.wordings
+        ]
+        counts = [sum(t.wording == w for t in texts.rewriting) for w in range(wordings)]
+        assert max(counts) - min(counts) <= 1
+        request = request.rephrased(MIDDLE if wordings == 1 else "In town {} plays the")
