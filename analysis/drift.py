@@ -78,7 +78,7 @@ class AttentionDrift:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per text, layer and head, with every measure."""
-        n_texts, n_layers, n_heads = self.row_kl.shape
+        n_texts, _, n_heads = self.row_kl.shape
         index = pd.MultiIndex.from_product(
             [range(n_texts), self.layers, range(n_heads)], names=["text", "layer", "head"]
         )
@@ -95,8 +95,7 @@ class AttentionDrift:
         """Per layer, averaged over texts: maximum and sum over heads of each measure."""
         grouped = self.to_frame().groupby(["text", "layer"])
         wide = pd.concat({"max": grouped.max(), "sum": grouped.sum()}, axis=1).groupby("layer").mean()
-        wide.columns = [f"{name}_{how}" for how, name in wide.columns]
-        return wide
+        return wide.set_axis([f"{name}_{how}" for how in ("max", "sum") for name in self.to_frame().columns], axis=1)
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` heads that drift most to the subject-last token, averaged over texts, labelled like ``L4H3``."""
@@ -126,9 +125,7 @@ def subject_attention(capture: AttentionCapture, subject: str | Sequence[str]) -
     return SubjectAttention(torch.stack(last), torch.stack(everything), capture.layers)
 
 
-def attention_drift(
-    before: AttentionCapture, after: AttentionCapture, subject: str | Sequence[str]
-) -> AttentionDrift:
+def attention_drift(before: AttentionCapture, after: AttentionCapture, subject: str | Sequence[str]) -> AttentionDrift:
     """Compares captures of the same texts without and with an edit.
 
     Args:
@@ -143,9 +140,7 @@ def attention_drift(
             f"the captures do not match: {len(before)} texts at layers {before.layers} before, {len(after)} at "
             f"{after.layers} after; capture the same texts and layers twice"
         )
-    rows = [
-        DIVERGENCES["kl"](a[:, :, -1], b[:, :, -1]) for a, b in zip(before.patterns, after.patterns, strict=True)
-    ]
+    rows = [DIVERGENCES["kl"](a[:, :, -1], b[:, :, -1]) for a, b in zip(before.patterns, after.patterns, strict=True)]
     return AttentionDrift(
         subject_attention(before, subject), subject_attention(after, subject), torch.stack(rows), before.texts
     )

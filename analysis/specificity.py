@@ -3,7 +3,7 @@
 A text succeeds when the mean log-probability per token of the right object exceeds that of the wrong one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Scores:
         if texts.empty:
             raise KeyError(f"no text of the task {task!r} was scored; there are {sorted(self.frame['task'].unique())}")
         grouped = texts.groupby("case", sort=False)[column]
-        low, high = bootstrap(grouped.sum().to_numpy(float), grouped.count().to_numpy(float), seed)
+        low, high = bootstrap(grouped.sum().to_numpy(), grouped.count().to_numpy(), seed)
         return Interval(float(texts[column].mean()), low, high, grouped.ngroups, len(texts))
 
     def summary(self) -> pd.DataFrame:
@@ -92,7 +92,7 @@ class Scores:
         return pd.DataFrame(rows).set_index("task")
 
 
-def bootstrap(totals: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> tuple[float, float]:
+def bootstrap(totals: NDArray[Any], counts: NDArray[Any], seed: int) -> tuple[float, float]:
     """95 % percentile interval of ``sum(totals) / sum(counts)`` when cases are drawn with replacement."""
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(totals), size=(RESAMPLES, len(totals)))
@@ -118,12 +118,15 @@ def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit 
     if edits is not None and len(edits) != len(cases):
         raise ValueError(f"{len(edits)} edits were given for {len(cases)} cases; expected one for each")
     probes = [
-        (index, task, probe) for index, case in enumerate(cases) for task in TASKS for probe in case.probes.get(task, ())
+        (index, task, probe)
+        for index, case in enumerate(cases)
+        for task in TASKS
+        for probe in case.probes.get(task, ())
     ]
     questions = [
-        Question(None if edits is None else edits[index], encode_completion(model, probe.text, answer))
+        Question(None if edits is None else edits[index], encode_completion(model, probe.text, target))
         for index, _, probe in probes
-        for answer in (probe.right, probe.wrong)
+        for target in (probe.right, probe.wrong)
     ]
     answers = answer(model, questions)
     rows = []
@@ -218,6 +221,13 @@ def _groups(
     yield group
 
 
-def as_json(interval: Interval) -> Mapping[str, float | int]:
-    """The interval as results files hold it."""
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n}
+def results_row(editor: str, gamma: float, steps: int, scores: Scores) -> dict[str, Any]:
+    """A row of a results file: the editor, and the interval of every score that the cases offer, as fractions."""
+    row: dict[str, Any] = {"editor": editor, "gamma": gamma, "steps": steps}
+    present = set(scores.frame["task"])
+    columns = {task: (task, "success") for task in TASKS} | {f"{t}_argmax": (t, "argmax") for t in ("RS", "DNS")}
+    for name, (task, column) in columns.items():
+        if task in present:
+            interval = scores.interval(task, column)
+            row[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n}
+    return row

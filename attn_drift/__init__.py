@@ -1,8 +1,8 @@
 """attn_drift: capture attention before and after a knowledge edit, and restrict the drifting heads (SADR)."""
 
 from attn_drift.attention import AttentionCapture, capture_attention
-from attn_drift.edits import Edit, LowRankUpdate, applied_to_rows
 from attn_drift.editors.rome import ROMEConfig, rome
+from attn_drift.edits import Edit, LowRankUpdate, applied_to_rows
 from attn_drift.history import EditHistory
 from attn_drift.models import load_model
 from attn_drift.moments import SecondMoment, sampled_moment, second_moment

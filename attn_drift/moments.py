@@ -64,12 +64,14 @@ class SecondMoment:
         return torch.cholesky_solve(keys.double(), factor)
 
     def check_fits(self, model: TransformerBridge, layer: int) -> None:
-        """Raises a ValueError when the moment is of another layer, shape or model, or is not a finite symmetric matrix."""
+        """Raises a ValueError for a moment of another layer, shape or model, or one not finite and symmetric."""
         width = mlp_width(model, layer)
         if self.layer != layer:
             raise ValueError(f"the second moment is of layer {self.layer}, but layer {layer} is edited")
         if tuple(self.matrix.shape) != (width, width):
-            raise ValueError(f"the second moment has shape {list(self.matrix.shape)}; layer {layer} needs {[width] * 2}")
+            raise ValueError(
+                f"the second moment has shape {list(self.matrix.shape)}; layer {layer} needs {[width] * 2}"
+            )
         if self.fingerprint != fingerprint(model):
             raise ValueError(
                 f"the second moment was taken with the weights {self.fingerprint[:8]}, but those of "

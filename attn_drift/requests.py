@@ -184,6 +184,7 @@ def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts]) -> 
         tokens=tokens,
         owner=torch.tensor([r for r, _ in flat] + list(range(len(texts))), device=device),
         subject_last=tokens.columns(subject_last),
-        prompt_last=tokens.starts[: len(flat)] + torch.tensor([t.completion.prompt_last for _, t in flat], device=device),
+        prompt_last=tokens.starts[: len(flat)]
+        + torch.tensor([t.completion.prompt_last for _, t in flat], device=device),
         target=target,
     )

@@ -15,33 +15,41 @@ from attn_drift.models import fingerprint
 from attn_drift.requests import SLOT
 from attn_drift.tokens import Tokens, encode, own_tokenizer
 
-# ROME's context templates: first words, and (length in tokens, how many of each first word).
+# First words of ROME's context templates.
 STARTS = ("The", "Therefore", "Because", "I", "You")
-LENGTHS = ((5, 2), (10, 2))
 TOP_K = 5
+
+# Of ROME's templates: lengths in tokens, and how many of each with each first word.
+ROME_LENGTHS = ((5, 2), (10, 2))
 
 SEQUENCES_AT_ONCE = 256
 
 
-def draw_seed(generator: torch.Generator | None) -> int:
-    """A seed from a generator (0 without one). Drawn whether or not a cache will be hit, so that a cache changes nothing."""
-    return 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator))
+def sample_contexts(
+    model: TransformerBridge,
+    generator: torch.Generator | None = None,
+    lengths: tuple[tuple[int, int], ...] = ROME_LENGTHS,
+) -> list[str]:
+    """Contexts for an edit: the empty one, and short texts of the model's own, each ended with ``". "``.
 
+    Started from ``STARTS`` and sampled with top-k 5 (method.md, section 2); cached, keyed by the model's weights, the
+    seed and the settings.
 
-def sample_contexts(model: TransformerBridge, generator: torch.Generator | None = None) -> list[str]:
-    """ROME's contexts: the empty one, and 20 short texts of the model's own, each ended with ``". "``.
-
-    Ten have 5 tokens and ten have 10, started from ``STARTS``, sampled with top-k 5 (method.md, section 2). They
-    are cached, keyed by the model's weights, the seed and the settings.
+    Args:
+        model: the model.
+        generator: a seed is drawn from it; 0 when None.
+        lengths: pairs of a length in tokens and how many texts of it there are for each of the five first words:
+            ROME's ten of 5 and ten of 10 tokens by default.
     """
-    seed = draw_seed(generator)
-    key = {"model": fingerprint(model), "seed": seed, "starts": STARTS, "lengths": LENGTHS, "top_k": TOP_K}
+    # Drawn whether or not the cache will be hit, so that a cache does not change the generator's state.
+    seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator))
+    key = {"model": fingerprint(model), "seed": seed, "starts": STARTS, "lengths": lengths, "top_k": TOP_K}
     path = cache_path("contexts", ".json", key)
     if path.is_file():
         return [str(context) for context in json.loads(path.read_text(encoding="utf-8"))]
     contexts = [SLOT]
     with _seeded(seed):
-        for length, repeats in LENGTHS:
+        for length, repeats in lengths:
             for start in STARTS:
                 prompt = torch.tensor([encode(model, start).ids] * repeats)
                 sampled = _generate(model, prompt, max(1, length - prompt.shape[1]), top_k=TOP_K)
@@ -110,5 +118,5 @@ def _decode(model: TransformerBridge, ids: Int[Tensor, "text pos"]) -> list[str]
 
 
 def _clean(text: str) -> str:
-    """Braces and line breaks become spaces, as in ROME: braces would look like the prompt's place."""
-    return " ".join(text.replace("{", " ").replace("}", " ").split())
+    """One line without braces, which would look like the prompt's place, and without a full stop of its own."""
+    return " ".join(text.replace("{", " ").replace("}", " ").split()).rstrip(".")

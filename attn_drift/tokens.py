@@ -133,7 +133,7 @@ def encode(model: TransformerBridge, text: str) -> Tokens:
 
 
 def pad(model: TransformerBridge, rows: Sequence[Tokens]) -> TokenBatch:
-    """Pads tokenized texts to one batch on the model's device, on the side that ``model.tokenizer.padding_side`` says."""
+    """Pads tokenized texts to one batch on the model's device, on the side of ``model.tokenizer.padding_side``."""
     if not rows:
         raise ValueError("no texts were given; expected at least one")
     left = model.tokenizer.padding_side == "left"

@@ -25,7 +25,7 @@ from attn_drift.models import check_finite, check_layer, fingerprint
 from attn_drift.moments import SecondMoment, sampled_moment
 from attn_drift.requests import EditRequest, RequestTexts, request_texts
 from attn_drift.restriction import Restriction
-from attn_drift.sampling import draw_seed, sample_contexts
+from attn_drift.sampling import ROME_LENGTHS, sample_contexts
 from attn_drift.tokens import pad
 from attn_drift.values import OptimisedValue, ValueConfig, optimise_values
 
@@ -49,10 +49,12 @@ class ROMEConfig(ValueConfig):
         layer: the edited layer.
         ridge: added to the second moment's diagonal, in units of its mean. 0 in the published presets; needed where
             the moment comes from little text.
+        context_lengths: of the contexts that are sampled when none are handed in, see `sample_contexts`.
     """
 
     layer: int
     ridge: float = 1e-4
+    context_lengths: tuple[tuple[int, int], ...] = ROME_LENGTHS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +67,8 @@ class ROMEConfig(ValueConfig):
         presets = json.loads((files("attn_drift") / "presets" / "rome.json").read_text(encoding="utf-8"))
         preset = presets.get(str(model.cfg.model_name).rstrip("/").split("/")[-1].lower())
         if preset is not None and preset["layer"] < model.cfg.n_layers:
-            return cls(**preset)
+            lengths = preset.get("context_lengths", ROME_LENGTHS)
+            return cls(**{**preset, "context_lengths": tuple(tuple(pair) for pair in lengths)})
         layer = min(round(DEPTH * model.cfg.n_layers), max(0, model.cfg.n_layers - 2))
         log.warning(
             "%s has no preset for ROME: layer %d of %d was chosen by depth, the rest is ROME's usual; pass config=",
@@ -119,10 +122,10 @@ def rome(
         requests: one request gives an `Edit`, a sequence gives a list of single edits, optimised together.
         config: settings; `ROMEConfig.for_model(model)` when None.
         contexts: templates that end in ``{}``, where the prompt goes; the empty one, ``"{}"``, is always first.
-            `sample_contexts(model, generator)` when None.
-        moment: second moment of the layer's keys; `sampled_moment` when None.
+            `sample_contexts` when None.
+        moment: second moment of the layer's keys; `sampled_moment(model, layer)` when None, the same for every edit.
         restrict: a loss term that restricts what the edit may do, such as `SADR`.
-        generator: of the contexts and the moment that are made here; seed 0 when None.
+        generator: of the contexts that are sampled here; seed 0 when None.
 
     Raises:
         ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, or a
@@ -141,10 +144,9 @@ def rome(
         moment.solve(torch.zeros(len(moment.matrix), 1), config.ridge)
     for request in listed:
         request_texts(model, request, ["{}"])  # all that can be wrong with it comes before sampling
-    contexts = sample_contexts(model, generator) if contexts is None else contexts
+    contexts = sample_contexts(model, generator, config.context_lengths) if contexts is None else contexts
     texts = [request_texts(model, request, contexts) for request in listed]
-    moment_seed = draw_seed(generator)
-    moment = sampled_moment(model, config.layer, moment_seed) if moment is None else moment
+    moment = sampled_moment(model, config.layer) if moment is None else moment
     values = optimise_values(model, config.layer, texts, config, term)
     edits = _edits(model, texts, values, config, moment, restrict)
     return edits[0] if single else edits
@@ -183,6 +185,7 @@ def key_direction(
 ) -> Float64[Tensor, " d_mlp"]:
     """The direction ``w`` in key space that the update answers to: ROME's ``u / (u . k0)``, or the constrained one."""
     keys = keys.double()
+    direction: Float64[Tensor, " d_mlp"]
     if len(texts.request.wordings) == 1:
         u = moment.solve(keys.mean(0)[:, None], ridge)[:, 0]
         k0 = keys[0]
@@ -192,12 +195,14 @@ def key_direction(
             log.warning(
                 "the update of %r explodes: u and k0 are almost orthogonal (cosine %.1e)", texts.request, cosine
             )
-        return u / product
+        direction = u / product
+        return direction
     K = _wording_keys(keys, texts)
     solved = moment.solve(K, ridge)
     gram = K.T @ solved
     gram += KEY_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return solved @ torch.linalg.solve(gram, torch.ones(len(gram), dtype=gram.dtype, device=gram.device))
+    direction = solved @ torch.linalg.solve(gram, torch.ones(len(gram), dtype=gram.dtype, device=gram.device))
+    return direction
 
 
 def _wording_keys(keys: Float64[Tensor, "text d_mlp"], texts: RequestTexts) -> Float64[Tensor, "d_mlp m"]:
@@ -209,4 +214,3 @@ def _wording_keys(keys: Float64[Tensor, "text d_mlp"], texts: RequestTexts) -> F
         if len(rows) > 1:
             columns.append(keys[rows].mean(0))
     return torch.stack(columns, dim=1)
-

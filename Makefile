@@ -1,0 +1,31 @@
+# Each target is sufficient on a fresh clone: it makes .venv and installs what it needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test train-demo clean
+
+demo: .venv/installed
+	$(BIN)/attn-drift demo --out demo-out
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n auto --dist worksteal
+	PLOTLY_RENDERER=json $(BIN)/pytest --nbmake --nbmake-timeout=300 -p no:cacheprovider examples
+
+train-demo: .venv/installed
+	$(BIN)/attn-drift train-demo --out attn_drift/demo/model
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-out

@@ -1,0 +1,253 @@
+"""Figures from the results of this package; every function returns a plotly Figure and shows nothing."""
+
+import html
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+from plotly.subplots import make_subplots
+
+from analysis.drift import AttentionDrift, SubjectAttention
+from attn_drift.attention import AttentionCapture
+from attn_drift.history import EditHistory
+
+DIVERGING = "RdBu"
+SEQUENTIAL = "Blues"
+COLOURS = ("#636363", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+BAND = 0.15
+
+
+def drift_heatmap(drift: AttentionDrift, measure: str = "drift") -> go.Figure:
+    """Layer x head: drift averaged over texts, red where the edit draws attention to the subject.
+
+    Args:
+        drift: what to show.
+        measure: a column of ``drift.to_frame()``.
+    """
+    frame = drift.to_frame()
+    if measure not in frame.columns:
+        raise ValueError(f"the measure is {measure!r}; expected one of {list(frame.columns)}")
+    table = frame.groupby(["layer", "head"])[measure].mean().unstack("head")
+    limit = float(np.nanmax(np.abs(table.to_numpy()))) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=table.to_numpy(),
+            x=list(table.columns),
+            y=list(table.index),
+            colorscale=f"{DIVERGING}_r",
+            zmid=0,
+            zmin=-limit,
+            zmax=limit,
+            hovertemplate="L%{y}H%{x}: %{z:+.3f}<extra></extra>",
+            colorbar_title_text=measure,
+        )
+    )
+    figure.update_layout(
+        title=f"Attention drift to the subject, mean of {len(drift.texts)} text{'s' * (len(drift.texts) > 1)}",
+        xaxis={"title": "head", "dtick": 1, "constrain": "domain"},
+        # Square cells: a model has far more layers than fit otherwise.
+        yaxis={"title": "layer", "dtick": 1, "scaleanchor": "x"},
+        template="simple_white",
+    )
+    return figure
+
+
+def attention_rows(
+    *captures: AttentionCapture,
+    names: Sequence[str] = ("before", "after", "restricted"),
+    text: int = 0,
+    head: int | None = None,
+) -> go.Figure:
+    """What the last token looks at, token by token and layer by layer, one panel per capture.
+
+    Args:
+        captures: of the same texts: before an edit, after it, and with the edit restricted, for instance.
+        names: of the panels.
+        text: which of the captured texts.
+        head: one head; the maximum over heads when None.
+
+    Raises:
+        ValueError: no captures, captures of different texts, too few names, or a text or head that is not there.
+    """
+    _check_captures(captures, names, text, head)
+    tokens = captures[0].tokens[text]
+    labels = [_visible(tokens.text[a:b]) or "[special]" for a, b in tokens.offsets]
+    rows = [_last_rows(capture, text, head) for capture in captures]
+    figure = make_subplots(
+        rows=len(captures),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.08,
+        subplot_titles=list(names[: len(captures)]),
+    )
+    for i, (z, name) in enumerate(zip(rows, names, strict=False), start=1):
+        figure.add_trace(
+            go.Heatmap(
+                z=z,
+                x=list(range(len(labels))),
+                y=list(captures[0].layers),
+                customdata=np.tile(np.array(labels, dtype=object), (len(z), 1)),
+                coloraxis="coloraxis",
+                hovertemplate="layer %{y}, token %{x} %{customdata}: %{z:.3f}<extra>" + html.escape(name) + "</extra>",
+            ),
+            row=i,
+            col=1,
+        )
+        figure.update_yaxes(title_text="layer", dtick=max(1, len(z) // 8), row=i, col=1)
+        # Tokens may repeat, so that positions are the axis and the tokens its labels.
+        figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, tickangle=-45, row=i, col=1)
+    what = "maximum over heads" if head is None else f"head {head}"
+    figure.update_layout(
+        title=f"Attention of the last token ({what})",
+        coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": 1, "colorbar": {"title": {"text": "attention"}}},
+        height=150 + 190 * len(captures),
+        template="simple_white",
+    )
+    return figure
+
+
+def _check_captures(captures: Sequence[AttentionCapture], names: Sequence[str], text: int, head: int | None) -> None:
+    if not captures or len(names) < len(captures):
+        raise ValueError(f"{len(captures)} captures and {len(names)} names were given; expected a name for each")
+    first = captures[0]
+    if any(c.texts != first.texts or c.layers != first.layers for c in captures):
+        raise ValueError("the captures differ in texts or layers; capture the same texts and layers each time")
+    if not 0 <= text < len(first):
+        raise ValueError(f"there is no text {text}: the captures have {len(first)}")
+    if head is not None and not 0 <= head < first.n_heads:
+        raise ValueError(f"there is no head {head}: the model has {first.n_heads}")
+
+
+def _last_rows(capture: AttentionCapture, text: int, head: int | None) -> NDArray[np.float32]:
+    rows = capture.patterns[text][:, :, -1].float()
+    chosen = rows.amax(1) if head is None else rows[:, head]
+    return chosen.numpy()
+
+
+def layer_maximum(attention: Mapping[str, SubjectAttention]) -> go.Figure:
+    """Per layer the largest attention of any head to the subject-last token: mean over texts, band of +- 1.96 SEM.
+
+    Args:
+        attention: by name, such as ``{"none": ..., "rome": ...}``.
+    """
+    figure = go.Figure()
+    for (name, values), colour in zip(attention.items(), _colours(len(attention)), strict=True):
+        per_text = values.last.amax(-1).numpy()
+        mean = per_text.mean(0)
+        sem = per_text.std(0, ddof=1) / np.sqrt(len(per_text)) if len(per_text) > 1 else np.zeros_like(mean)
+        _line_with_band(figure, values.layers, mean, 1.96 * sem, name, colour)
+    figure.update_layout(
+        title="Attention of the last token to the subject: maximum over heads",
+        xaxis={"title": "layer", "dtick": 1},
+        yaxis={"title": "attention", "range": [0, 1.02]},
+        template="simple_white",
+    )
+    return figure
+
+
+def _line_with_band(
+    figure: go.Figure, x: Sequence[int], mean: NDArray[np.floating], half: NDArray[np.floating], name: str, colour: str
+) -> None:
+    edge = np.concatenate([mean + half, (mean - half)[::-1]])
+    figure.add_scatter(
+        x=[*x, *reversed(x)],
+        y=edge,
+        fill="toself",
+        fillcolor=colour,
+        opacity=BAND,
+        line_width=0,
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=name,
+    )
+    figure.add_scatter(
+        x=list(x), y=mean, name=html.escape(name), legendgroup=name, mode="lines+markers", line_color=colour
+    )
+
+
+def loss_history(histories: EditHistory | Mapping[str, EditHistory]) -> go.Figure:
+    """Every loss term at every step, one panel per edit.
+
+    Args:
+        histories: one history, or several by name.
+    """
+    named = {"": histories} if isinstance(histories, EditHistory) else dict(histories)
+    figure = make_subplots(rows=1, cols=len(named), shared_yaxes=True, subplot_titles=[html.escape(n) for n in named])
+    for column, history in enumerate(named.values(), start=1):
+        frame = history.to_frame()
+        for term, colour in zip(EditHistory.COLUMNS, _colours(len(EditHistory.COLUMNS)), strict=True):
+            figure.add_scatter(
+                x=list(frame.index),
+                y=frame[term],
+                name=term,
+                legendgroup=term,
+                showlegend=column == 1,
+                line={"color": colour, "dash": "dot" if term == "p_target" else "solid"},
+                row=1,
+                col=column,
+            )
+        figure.update_xaxes(title_text="step", row=1, col=column)
+    figure.update_layout(
+        title="Loss terms of the value optimisation (dotted: probability of the target)", template="simple_white"
+    )
+    return figure
+
+
+def gamma_tradeoff(frame: pd.DataFrame, x: str = "DNS", y: str = "PS") -> go.Figure:
+    """What a restriction costs and what it saves: one line per editor, one point per gamma.
+
+    Args:
+        frame: columns ``editor``, ``gamma``, and the two scores as fractions; with ``<score>_low`` and
+            ``<score>_high`` there are error bars.
+        x, y: the scores.
+    """
+    missing = {"editor", "gamma", x, y} - set(frame.columns)
+    if missing:
+        raise ValueError(f"the table lacks the columns {sorted(missing)}; it has {list(frame.columns)}")
+    figure = go.Figure()
+    groups = list(frame.sort_values("gamma").groupby("editor", sort=False))
+    for (name, rows), colour in zip(groups, _colours(len(groups)), strict=True):
+        figure.add_scatter(
+            x=rows[x],
+            y=rows[y],
+            error_x=_error(rows, x),
+            error_y=_error(rows, y),
+            mode="lines+markers+text",
+            text=[f"{gamma:g}" for gamma in rows["gamma"]],
+            textposition="top center",
+            name=html.escape(str(name)),
+            line_color=colour,
+            hovertemplate=f"gamma %{{text}}: {x} %{{x:.3f}}, {y} %{{y:.3f}}<extra></extra>",
+        )
+    figure.update_layout(
+        title=f"{y} against {x}, by gamma",
+        xaxis={"title": x, "tickformat": ".0%"},
+        yaxis={"title": y, "tickformat": ".0%"},
+        template="simple_white",
+    )
+    return figure
+
+
+def _error(rows: pd.DataFrame, column: str) -> dict[str, object] | None:
+    low, high = f"{column}_low", f"{column}_high"
+    if low not in rows or high not in rows:
+        return None
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": (rows[high] - rows[column]).to_numpy(),
+        "arrayminus": (rows[column] - rows[low]).to_numpy(),
+        "thickness": 1,
+        "width": 2,
+    }
+
+
+def _colours(n: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(n)]
+
+
+def _visible(token: str) -> str:
+    """A token as a label: HTML escaped, white space made visible."""
+    return html.escape(token).replace(" ", "·").replace("\n", "↵").replace("\t", "→")

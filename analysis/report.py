@@ -1,0 +1,155 @@
+"""One self-contained HTML page from tables and figures: opens offline, in any browser."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io
+from markupsafe import Markup
+
+from analysis import plots
+from analysis.demo import NONE, RESTRICTED, ROME, Demonstration
+from attn_drift.files import replacing
+from attn_drift.history import EditHistory
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        title: its heading.
+        paragraphs: plain text.
+        table: shown as it is, the index left out; numbers to three digits.
+        figures: shown below the table.
+    """
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    table: pd.DataFrame | None = None
+    figures: Sequence[go.Figure] = field(default_factory=tuple)
+
+
+def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """Writes the page; plotly.js is in it once, so that it needs no network."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    scripted = False
+    rendered = []
+    for section in sections:
+        figures = []
+        for figure in section.figures:
+            figures.append(Markup(plotly.io.to_html(figure, full_html=False, include_plotlyjs=not scripted)))
+            scripted = True
+        rendered.append({**vars(section), **_table(section.table), "html_figures": figures})
+    page = environment.get_template("report.html").render(title=title, sections=rendered, footer=_footer())
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _table(table: pd.DataFrame | None) -> dict[str, object]:
+    if table is None:
+        return {"text_columns": (), "cells": ()}
+    text = [i for i, kind in enumerate(table.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
+    cells = [
+        [f"{cell:.3g}" if isinstance(cell, float) and abs(cell) < 1 else _plain(cell) for cell in row]
+        for row in table.itertuples(index=False)
+    ]
+    return {"text_columns": text, "cells": cells}
+
+
+def _plain(cell: object) -> str:
+    return f"{cell:.1f}" if isinstance(cell, float) else str(cell)
+
+
+def _footer() -> str:
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("attn-drift", "torch", "transformer-lens"))
+    return f"{date.today().isoformat()} · Python {platform.python_version()}, {libraries}"
+
+
+def demo_sections(shown: Demonstration) -> list[Section]:
+    """The page of the demonstration."""
+    case = shown.cases[0]
+    request = case.request
+    return [
+        Section("What an edit breaks, and what SADR saves", _summary(shown), shown.table().reset_index()),
+        Section(
+            "One fact, up close",
+            [
+                f"The edit: “{request.question}” shall be answered with “{request.target_new}” instead of "
+                f"“{request.target_true}”. Below are texts about other people in which the edited sentence stands "
+                "first (DNS), with the probability of their right object."
+            ],
+            _distracted(shown),
+        ),
+        Section(
+            "Where the attention went",
+            [
+                "Attention from the last token of the DNS texts to the last token of the edited subject: edited minus "
+                "unedited, by layer and head. Red heads drift; layers up to the edited one cannot."
+            ],
+            figures=[_titled(plots.drift_heatmap(shown.drift(e)), e) for e in shown.arms if e != NONE],
+        ),
+        Section(
+            "Layer by layer",
+            ["The head of each layer that looks at the subject most, averaged over texts."],
+            figures=[plots.layer_maximum({name: arm.attention for name, arm in shown.arms.items()})],
+        ),
+        Section(
+            "Token by token",
+            [f"What the last token of one text looks at: “{shown.arms[NONE].capture.texts[0]}”"],
+            figures=[
+                plots.attention_rows(*(shown.arms[name].capture for name in (NONE, ROME, RESTRICTED)), text=0),
+            ],
+        ),
+        Section(
+            "How the value was found",
+            ["Loss terms of the first fact's edit. The restriction is the term that SADR adds."],
+            figures=[plots.loss_history(_histories(shown))],
+        ),
+    ]
+
+
+def _summary(shown: Demonstration) -> list[str]:
+    before, edited, held = (shown.table().loc[name] for name in (NONE, ROME, RESTRICTED))
+    lost = before["DNS"] - edited["DNS"]
+    saved = (held["DNS"] - edited["DNS"]) / lost if lost > 0 else float("nan")
+    return [
+        f"{len(shown.cases)} facts of the demo model, each edited alone at layer {shown.layer} (seed {shown.seed}, "
+        f"{shown.seconds:.0f} s). Scores are percentages of texts on which the right object beats the wrong one; "
+        "the columns ending in argmax count texts on which it is the model's first choice.",
+        f"ROME makes the new fact (ES {edited['ES']:.0f}) and its paraphrases (PS {edited['PS']:.0f}), but with the "
+        f"edited subject in the context, questions about other people (DNS) fall from {before['DNS']:.0f} to "
+        f"{edited['DNS']:.0f}, while the attention of the last token to the edited subject (max_head) rises from "
+        f"{before['max_head']:.2f} to {edited['max_head']:.2f}. SADR holds it at {held['max_head']:.2f} and keeps "
+        f"{saved:.0%} of what was lost on DNS.",
+        "ES: the edit itself. PS: wordings that no edit used. NS: other people, same question. DNS: the same after the "
+        "edited sentence. RS: other questions about the edited person.",
+    ]
+
+
+def _distracted(shown: Demonstration) -> pd.DataFrame:
+    columns: dict[str, pd.Series] = {}
+    for name, arm in shown.arms.items():
+        frame = arm.scores.frame
+        rows = frame[(frame["case"] == shown.cases[0].case_id) & (frame["task"] == "DNS")]
+        if not columns:
+            columns = {"text": rows["text"], "right": rows["right"]}
+        columns[f"p(right), {name}"] = rows["p_right"]
+    return pd.DataFrame(columns)
+
+
+def _histories(shown: Demonstration) -> dict[str, EditHistory]:
+    first = {name: arm.edits[0].history for name, arm in shown.arms.items() if arm.edits is not None}
+    return {name: history for name, history in first.items() if history is not None}
+
+
+def _titled(figure: go.Figure, title: str) -> go.Figure:
+    return figure.update_layout(title=f"{figure.layout.title.text}: {title}")
