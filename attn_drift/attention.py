@@ -28,7 +28,7 @@ class AttentionCapture:
 
     tokens: tuple[Tokens, ...]
     layers: tuple[int, ...]
-    patterns: tuple[Float[Tensor, "layer head query key"], ...]
+    patterns: tuple[Float[Tensor, "layer head _query _key"], ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
