@@ -25,6 +25,7 @@ from attn_drift.requests import RewritingBatch
 FLOOR = 1e-8
 
 Rows = Float[Tensor, "layer text head query key"]
+Distributions = Float[Tensor, "*batch key"]
 Subject = Float[Tensor, "layer text head query"]
 Selected = Bool[Tensor, "layer text head query"]
 
@@ -135,16 +136,16 @@ class FixedHeads:
         return selected
 
 
-def _kl(p: Rows, q: Rows) -> Float[Tensor, "layer text head query"]:
+def _kl(p: Distributions, q: Distributions) -> Tensor:
     return ((p + FLOOR) * ((p + FLOOR) / (q + FLOOR)).log()).sum(-1)
 
 
-def _js(p: Rows, q: Rows) -> Float[Tensor, "layer text head query"]:
+def _js(p: Distributions, q: Distributions) -> Tensor:
     middle = (p + q) / 2
     return (_kl(p, middle) + _kl(q, middle)) / 2
 
 
-DIVERGENCES: dict[str, Callable[[Rows, Rows], Tensor]] = {
+DIVERGENCES: dict[str, Callable[[Distributions, Distributions], Tensor]] = {
     "kl": _kl,
     "reverse_kl": lambda p, q: _kl(q, p),
     "js": _js,
