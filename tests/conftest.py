@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 # Before anything imports them; an empty cache, so that no run depends on another.
-install_import_hook(["attn_drift", "analysis"], "beartype.beartype")
+install_import_hook(["attn_drift", "analysis"], "typechecker.check")
 os.environ["ATTN_DRIFT_CACHE"] = tempfile.mkdtemp(prefix="attn-drift-test-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

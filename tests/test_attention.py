@@ -38,9 +38,7 @@ def test_patterns_are_what_the_model_used(make_model: Make, architecture: str, s
             torch.testing.assert_close(used, z.view_as(used), rtol=1e-4, atol=1e-5)
 
 
-def test_each_architecture_loads_from_a_folder_and_takes_an_edit(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_each_architecture_loads_from_a_folder_and_takes_an_edit(architecture: str, tmp_path: Path) -> None:
     make_hf_model(architecture).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     model = ad.load_model(tmp_path, device="cpu")
@@ -79,9 +77,11 @@ def test_drift_is_its_definition(make_model: Make, architecture: str) -> None:
     frame = drift.to_frame()
     for i, text in enumerate(TEXTS):
         head_text = text[: text.rindex("Ada Bellini")]
-        prefix, whole = (len(encode(model, t).ids) for t in (head_text or "", head_text + "Ada Bellini")) if (
-            head_text
-        ) else (1, len(encode(model, "Ada Bellini").ids))
+        prefix, whole = (
+            (len(encode(model, t).ids) for t in (head_text or "", head_text + "Ada Bellini"))
+            if (head_text)
+            else (1, len(encode(model, "Ada Bellini").ids))
+        )
         a, b = before.patterns[i].double(), after.patterns[i].double()
         last = (b - a)[:, :, -1, whole - 1]
         everything = (b - a)[:, :, -1, prefix:whole].sum(-1)

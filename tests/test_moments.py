@@ -1,0 +1,138 @@
+"""Second moments and the texts they are taken over."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_rome import moment_of
+from transformer_lens.model_bridge import TransformerBridge
+
+import attn_drift as ad
+from attn_drift.hooks import key_point, read
+from attn_drift.models import fingerprint
+from attn_drift.sampling import sample_contexts, sample_documents
+from attn_drift.tokens import encode, pad
+
+Make = Callable[..., TransformerBridge]
+TEXTS = ["Ada Bellini plays the cello", "The man", "Carla Moreau was seen in town.", "I", "Ada plays"] * 9
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_moment_is_the_mean_of_outer_products(make_model: Make, architecture: str, side: str) -> None:
+    """Padded batches equal one text at a time; padding is not counted."""
+    model = make_model(architecture)
+    model.tokenizer.padding_side = side
+    moment = ad.second_moment(model, 1, iter(TEXTS))
+    keys = []
+    for text in TEXTS:
+        batch = pad(model, [encode(model, text)])
+        keys.append(read(model, batch, [key_point(1)])[key_point(1)][0].double())
+    expected = torch.cat(keys)
+    assert moment.n_tokens == len(expected)
+    torch.testing.assert_close(moment.matrix, expected.T @ expected / len(expected), rtol=1e-4, atol=1e-6)
+
+
+@given(n=st.integers(2, 12), ridge=st.sampled_from([0.0, 1e-4, 0.1]), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_solve_solves(n: int, ridge: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(5 * n, n, dtype=torch.float64, generator=generator)
+    C = keys.T @ keys
+    right = torch.randn(n, 3, dtype=torch.float64, generator=generator)
+    solved = ad.SecondMoment(0, C, 5 * n, "x").solve(right, ridge)
+    torch.testing.assert_close((C + ridge * C.diagonal().mean() * torch.eye(n)) @ solved, right)
+
+
+def test_file_round_trip(small: TransformerBridge, tmp_path: Path) -> None:
+    moment, path = ad.second_moment(small, 0, TEXTS), tmp_path / "moment.safetensors"
+    moment.save(path)
+    loaded = ad.SecondMoment.load(path)
+    assert torch.equal(loaded.matrix, moment.matrix)
+    assert (loaded.layer, loaded.n_tokens, loaded.fingerprint) == (0, moment.n_tokens, fingerprint(small))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is no second moment"):
+        ad.SecondMoment.load(path)
+    with pytest.raises(FileNotFoundError, match="no second moment"):
+        ad.SecondMoment.load(tmp_path / "other")
+
+
+def test_sampled_moment_is_cached_by_what_it_depends_on(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path))
+    model = make_model("gpt2")
+    first = ad.sampled_moment(model, 1)
+    assert first.n_tokens >= 50_000
+    files = {p.name for p in (tmp_path / "moments").iterdir()}
+    assert len(files) == 1
+    assert torch.equal(ad.sampled_moment(model, 1).matrix, first.matrix)
+    ad.sampled_moment(model, 1, seed=1)
+    ad.sampled_moment(model, 0)
+    with torch.no_grad():
+        model.blocks[0].mlp.W_out.mul_(1.01)
+    ad.sampled_moment(model, 1)
+    assert len(list((tmp_path / "moments").iterdir())) == 4
+
+
+def test_sampling_leaves_the_random_state_alone(small: TransformerBridge) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    documents = sample_documents(small, 200, 20, seed=0)
+    assert torch.equal(torch.rand(3), expected)
+    assert [len(d) for d in documents] == [20] * 10
+    assert documents == sample_documents(small, 200, 20, seed=0)
+    assert documents != sample_documents(small, 200, 20, seed=1)
+
+
+def test_contexts_have_a_place_and_depend_on_the_generator(demo: TransformerBridge) -> None:
+    contexts = sample_contexts(demo)
+    assert contexts[0] == "{}" and len(contexts) == 21
+    assert all(c.endswith(". {}") and c.count("{") == 1 and "\n" not in c for c in contexts[1:])
+    assert contexts == sample_contexts(demo)
+    assert contexts != sample_contexts(demo, torch.Generator().manual_seed(1))
+    assert len(sample_contexts(demo, lengths=((7, 1),))) == 6
+    lengths = [len(encode(demo, c.removesuffix(". {}"))) for c in contexts[1:]]
+    assert max(lengths[:10]) <= 7 and max(lengths[10:]) <= 11
+
+
+def test_cache_hit_and_miss_leave_the_generator_in_the_same_state(
+    demo: TransformerBridge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path))
+    states = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(3)
+        sample_contexts(demo, generator)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
+def test_bad_moments_are_named(make_model: Make) -> None:
+    model, other = make_model("gpt2"), make_model("llama")
+    request = ad.EditRequest("{} plays the", "Ada Bellini", "cello")
+    config = ad.ROMEConfig(layer=1, steps=2)
+
+    def edit(moment: ad.SecondMoment, config: ad.ROMEConfig = config) -> None:
+        ad.rome(model, request, config=config, contexts=["{}"], moment=moment)
+
+    good = moment_of(model, 1)
+    edit(good)
+    with pytest.raises(ValueError, match="is of layer 0, but layer 1 is edited"):
+        edit(moment_of(model, 0))
+    with pytest.raises(ValueError, match=r"has shape \[48, 48\]; layer 1 needs \[128, 128\]"):
+        edit(moment_of(other, 1))
+    with pytest.raises(ValueError, match="another model or dtype"):
+        edit(ad.SecondMoment(1, good.matrix, 1, "another"))
+    with pytest.raises(ValueError, match="not positive definite with a ridge of 0"):
+        one = ad.second_moment(model, 1, ["Ada plays"])
+        edit(one, ad.ROMEConfig(layer=1, steps=2, ridge=0))
+    with pytest.raises(ValueError, match="not a finite symmetric"):
+        edit(ad.SecondMoment(1, good.matrix * float("nan"), 1, good.fingerprint))
+    with pytest.raises(ValueError, match="not a finite symmetric"):
+        edit(ad.SecondMoment(1, good.matrix.triu(), 1, good.fingerprint))
+    with pytest.raises(ValueError, match="no texts were given"):
+        ad.second_moment(model, 1, [])
