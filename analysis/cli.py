@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -50,7 +51,10 @@ def demo(
         temporary.write_text(json.dumps(shown.to_json(), indent=1), encoding="utf-8")
     write_report(out / "report.html", "Attention drift on the demo model", demo_sections(shown))
     console.print(_table(shown.table().reset_index(), f"{edits} edits, seed {seed}, {shown.seconds:.0f} s"))
-    console.print("Scores in percent; max_head: attention of the last token to the edited subject on the DNS texts.")
+    console.print(
+        "Scores in percent. ES: the edit. PS: its paraphrases. NS: other people. DNS: other people, after the edited\n"
+        "sentence. RS: the same person, other questions. argmax: first choices. max head: attention to the subject."
+    )
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
@@ -67,9 +71,9 @@ def train_demo(
 
 
 def _table(frame: "pd.DataFrame", title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(frame.columns):
-        table.add_column(str(column), justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(str(column).replace(" ", "\n"), justify="left" if i == 0 else "right", no_wrap=True)
     for row in frame.itertuples(index=False):
         table.add_row(*(_cell(name, cell) for name, cell in zip(frame.columns, row, strict=True)))
     return table
@@ -78,7 +82,7 @@ def _table(frame: "pd.DataFrame", title: str) -> Table:
 def _cell(column: str, cell: object) -> str:
     if not isinstance(cell, float):
         return str(cell)
-    return f"{cell:.2f}" if column == "max_head" else f"{cell:g}" if column == "gamma" else f"{cell:.1f}"
+    return f"{cell:.2f}" if column == "max head" else f"{cell:g}" if column == "gamma" else f"{cell:.1f}"
 
 
 def main() -> None:

@@ -89,13 +89,17 @@ class Demonstration:
         }
 
     def table(self) -> pd.DataFrame:
-        """The scores in percent, and ``max_head``, one row per editor."""
-        rows = self.to_json()["rows"]
-        table = pd.DataFrame(
-            {name: 100 * cell["mean"] if isinstance(cell, dict) else cell for name, cell in row.items()} for row in rows
-        )
-        table["max_head"] = [self.max_head(editor) for editor in table["editor"]]
-        return table.set_index("editor")
+        """The scores in percent, and ``max head``, one row per editor."""
+        rows = [
+            {
+                name.replace("_", " "): 100 * cell["mean"] if isinstance(cell, dict) else cell
+                for name, cell in row.items()
+            }
+            for row in self.to_json()["rows"]
+        ]
+        table = pd.DataFrame(rows).set_index("editor").drop(columns="steps")
+        table["max head"] = [self.max_head(editor) for editor in table.index]
+        return table
 
 
 def demonstrate(model: TransformerBridge, n: int = 24, gamma: float = GAMMA, seed: int = 0) -> Demonstration:

@@ -19,39 +19,59 @@ COLOURS = ("#636363", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#1
 BAND = 0.15
 
 
-def drift_heatmap(drift: AttentionDrift, measure: str = "drift") -> go.Figure:
-    """Layer x head: drift averaged over texts, red where the edit draws attention to the subject.
+def drift_heatmap(drifts: AttentionDrift | Mapping[str, AttentionDrift], measure: str = "drift") -> go.Figure:
+    """Layer x head: drift averaged over texts, red where an edit draws attention to the subject.
 
     Args:
-        drift: what to show.
+        drifts: one drift, or several by name, side by side with the same colours.
         measure: a column of ``drift.to_frame()``.
+
+    Raises:
+        ValueError: no drift, or a measure that there is not.
     """
-    frame = drift.to_frame()
-    if measure not in frame.columns:
-        raise ValueError(f"the measure is {measure!r}; expected one of {list(frame.columns)}")
-    table = frame.groupby(["layer", "head"])[measure].mean().unstack("head")
-    limit = float(np.nanmax(np.abs(table.to_numpy()))) or 1.0
-    figure = go.Figure(
-        go.Heatmap(
-            z=table.to_numpy(),
-            x=list(table.columns),
-            y=list(table.index),
-            colorscale=f"{DIVERGING}_r",
-            zmid=0,
-            zmin=-limit,
-            zmax=limit,
-            hovertemplate="L%{y}H%{x}: %{z:+.3f}<extra></extra>",
-            colorbar_title_text=measure,
+    named = {"": drifts} if isinstance(drifts, AttentionDrift) else dict(drifts)
+    if not named:
+        raise ValueError("no drift was given; expected at least one")
+    tables = {name: _per_head(drift, measure) for name, drift in named.items()}
+    limit = max(float(np.nanmax(np.abs(table.to_numpy()))) for table in tables.values()) or 1.0
+    figure = make_subplots(rows=1, cols=len(named), subplot_titles=[html.escape(name) for name in named])
+    for column, table in enumerate(tables.values(), start=1):
+        figure.add_trace(
+            go.Heatmap(
+                z=table.to_numpy(),
+                x=list(table.columns),
+                y=list(table.index),
+                coloraxis="coloraxis",
+                hovertemplate="L%{y}H%{x}: %{z:+.3f}<extra></extra>",
+            ),
+            row=1,
+            col=column,
         )
-    )
+        figure.update_xaxes(title_text="head", dtick=1, constrain="domain", row=1, col=column)
+        # Square cells, as many as a model has.
+        anchor = f"x{column if column > 1 else ''}"
+        figure.update_yaxes(dtick=1, scaleanchor=anchor, constrain="domain", row=1, col=column)
+    n_texts = len(next(iter(named.values())).texts)
+    figure.update_yaxes(title_text="layer", row=1, col=1)
     figure.update_layout(
-        title=f"Attention drift to the subject, mean of {len(drift.texts)} text{'s' * (len(drift.texts) > 1)}",
-        xaxis={"title": "head", "dtick": 1, "constrain": "domain"},
-        # Square cells: a model has far more layers than fit otherwise.
-        yaxis={"title": "layer", "dtick": 1, "scaleanchor": "x"},
+        title=f"Attention drift to the subject, mean of {n_texts} text{'s' * (n_texts > 1)}",
+        coloraxis={
+            "colorscale": f"{DIVERGING}_r",
+            "cmid": 0,
+            "cmin": -limit,
+            "cmax": limit,
+            "colorbar": {"title": {"text": measure}},
+        },
         template="simple_white",
     )
     return figure
+
+
+def _per_head(drift: AttentionDrift, measure: str) -> pd.DataFrame:
+    frame = drift.to_frame()
+    if measure not in frame.columns:
+        raise ValueError(f"the measure is {measure!r}; expected one of {list(frame.columns)}")
+    return frame.groupby(["layer", "head"])[measure].mean().unstack("head")
 
 
 def attention_rows(
@@ -189,6 +209,8 @@ def loss_history(histories: EditHistory | Mapping[str, EditHistory]) -> go.Figur
                 col=column,
             )
         figure.update_xaxes(title_text="step", row=1, col=column)
+    # Terms span orders of magnitude; what is zero has no place on the axis.
+    figure.update_yaxes(type="log", dtick=1)
     figure.update_layout(
         title="Loss terms of the value optimisation (dotted: probability of the target)", template="simple_white"
     )

@@ -26,7 +26,7 @@ class Section:
     Attributes:
         title: its heading.
         paragraphs: plain text.
-        table: shown as it is, the index left out; numbers to three digits.
+        table: shown as it is, the index left out; numbers of at least 1 to one decimal, others to two digits.
         figures: shown below the table.
     """
 
@@ -58,15 +58,14 @@ def _table(table: pd.DataFrame | None) -> dict[str, object]:
     if table is None:
         return {"text_columns": (), "cells": ()}
     text = [i for i, kind in enumerate(table.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
-    cells = [
-        [f"{cell:.3g}" if isinstance(cell, float) and abs(cell) < 1 else _plain(cell) for cell in row]
-        for row in table.itertuples(index=False)
-    ]
+    cells = [[_cell(cell) for cell in row] for row in table.itertuples(index=False)]
     return {"text_columns": text, "cells": cells}
 
 
-def _plain(cell: object) -> str:
-    return f"{cell:.1f}" if isinstance(cell, float) else str(cell)
+def _cell(cell: object) -> str:
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.1f}" if abs(cell) >= 1 or cell == 0 else f"{cell:.2g}"
 
 
 def _footer() -> str:
@@ -76,18 +75,19 @@ def _footer() -> str:
 
 def demo_sections(shown: Demonstration) -> list[Section]:
     """The page of the demonstration."""
-    case = shown.cases[0]
-    request = case.request
+    fact, text = _most_damaged(shown)
+    request = shown.cases[fact].request
+    edited = [name for name in shown.arms if name != NONE]
     return [
         Section("What an edit breaks, and what SADR saves", _summary(shown), shown.table().reset_index()),
         Section(
             "One fact, up close",
             [
-                f"The edit: “{request.question}” shall be answered with “{request.target_new}” instead of "
-                f"“{request.target_true}”. Below are texts about other people in which the edited sentence stands "
-                "first (DNS), with the probability of their right object."
+                f"The fact whose edit does the most damage: “{request.question}” shall be answered with "
+                f"“{request.target_new}” instead of “{request.target_true}”. Below are texts about other people in "
+                "which the edited sentence stands first (DNS), with the probability of their right object."
             ],
-            _distracted(shown),
+            _distracted(shown, fact),
         ),
         Section(
             "Where the attention went",
@@ -95,7 +95,7 @@ def demo_sections(shown: Demonstration) -> list[Section]:
                 "Attention from the last token of the DNS texts to the last token of the edited subject: edited minus "
                 "unedited, by layer and head. Red heads drift; layers up to the edited one cannot."
             ],
-            figures=[_titled(plots.drift_heatmap(shown.drift(e)), e) for e in shown.arms if e != NONE],
+            figures=[plots.drift_heatmap({name: shown.drift(name) for name in edited})],
         ),
         Section(
             "Layer by layer",
@@ -104,17 +104,32 @@ def demo_sections(shown: Demonstration) -> list[Section]:
         ),
         Section(
             "Token by token",
-            [f"What the last token of one text looks at: “{shown.arms[NONE].capture.texts[0]}”"],
+            [f"What the last token looks at: “{shown.arms[NONE].capture.texts[text]}”"],
             figures=[
-                plots.attention_rows(*(shown.arms[name].capture for name in (NONE, ROME, RESTRICTED)), text=0),
+                plots.attention_rows(
+                    *(shown.arms[name].capture for name in (NONE, ROME, RESTRICTED)),
+                    names=(NONE, ROME, RESTRICTED),
+                    text=text,
+                ),
             ],
         ),
         Section(
             "How the value was found",
-            ["Loss terms of the first fact's edit. The restriction is the term that SADR adds."],
-            figures=[plots.loss_history(_histories(shown))],
+            ["Loss terms of that fact's edit. The restriction is the term that SADR adds."],
+            figures=[plots.loss_history(_histories(shown, fact))],
         ),
     ]
+
+
+def _most_damaged(shown: Demonstration) -> tuple[int, int]:
+    """The case whose DNS texts lose most to ROME, and which of all DNS texts loses most among its own."""
+    before, after = (shown.arms[name].scores.frame for name in (NONE, ROME))
+    dns = before["task"] == "DNS"
+    fall = (before["p_right"] - after["p_right"])[dns].reset_index(drop=True)
+    cases = before["case"][dns].reset_index(drop=True)
+    worst = fall.groupby(cases).mean().idxmax()
+    index = next(i for i, case in enumerate(shown.cases) if case.case_id == worst)
+    return index, int(fall[cases == worst].idxmax())
 
 
 def _summary(shown: Demonstration) -> list[str]:
@@ -122,34 +137,30 @@ def _summary(shown: Demonstration) -> list[str]:
     lost = before["DNS"] - edited["DNS"]
     saved = (held["DNS"] - edited["DNS"]) / lost if lost > 0 else float("nan")
     return [
-        f"{len(shown.cases)} facts of the demo model, each edited alone at layer {shown.layer} (seed {shown.seed}, "
+        f"{len(shown.cases)} facts of the demo model, each edited alone at layer {shown.layer} in {shown.arms[ROME].steps} steps (seed {shown.seed}, "
         f"{shown.seconds:.0f} s). Scores are percentages of texts on which the right object beats the wrong one; "
         "the columns ending in argmax count texts on which it is the model's first choice.",
         f"ROME makes the new fact (ES {edited['ES']:.0f}) and its paraphrases (PS {edited['PS']:.0f}), but with the "
         f"edited subject in the context, questions about other people (DNS) fall from {before['DNS']:.0f} to "
-        f"{edited['DNS']:.0f}, while the attention of the last token to the edited subject (max_head) rises from "
-        f"{before['max_head']:.2f} to {edited['max_head']:.2f}. SADR holds it at {held['max_head']:.2f} and keeps "
+        f"{edited['DNS']:.0f}, while the attention of the last token to the edited subject (max head) rises from "
+        f"{before['max head']:.2f} to {edited['max head']:.2f}. SADR holds it at {held['max head']:.2f} and keeps "
         f"{saved:.0%} of what was lost on DNS.",
         "ES: the edit itself. PS: wordings that no edit used. NS: other people, same question. DNS: the same after the "
         "edited sentence. RS: other questions about the edited person.",
     ]
 
 
-def _distracted(shown: Demonstration) -> pd.DataFrame:
+def _distracted(shown: Demonstration, fact: int) -> pd.DataFrame:
     columns: dict[str, pd.Series] = {}
     for name, arm in shown.arms.items():
         frame = arm.scores.frame
-        rows = frame[(frame["case"] == shown.cases[0].case_id) & (frame["task"] == "DNS")]
+        rows = frame[(frame["case"] == shown.cases[fact].case_id) & (frame["task"] == "DNS")]
         if not columns:
             columns = {"text": rows["text"], "right": rows["right"]}
         columns[f"p(right), {name}"] = rows["p_right"]
     return pd.DataFrame(columns)
 
 
-def _histories(shown: Demonstration) -> dict[str, EditHistory]:
-    first = {name: arm.edits[0].history for name, arm in shown.arms.items() if arm.edits is not None}
-    return {name: history for name, history in first.items() if history is not None}
-
-
-def _titled(figure: go.Figure, title: str) -> go.Figure:
-    return figure.update_layout(title=f"{figure.layout.title.text}: {title}")
+def _histories(shown: Demonstration, fact: int) -> dict[str, EditHistory]:
+    found = {name: arm.edits[fact].history for name, arm in shown.arms.items() if arm.edits is not None}
+    return {name: history for name, history in found.items() if history is not None}
