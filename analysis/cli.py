@@ -10,6 +10,7 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def _setup() -> None:
 @app.command()
 def demo(
     edits: Annotated[int, typer.Option(help="Number of facts to edit.")] = 24,
-    gamma: Annotated[float | None, typer.Option(help="Weight of SADR; the demo model's own when not given.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Weight of SADR; 0.1 suits the demo model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the facts and the contexts.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("demo-out"),
 ) -> None:
@@ -89,6 +90,6 @@ def main() -> None:
     """Runs the command; what the user can mend is shown without a traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

@@ -91,13 +91,11 @@ class Demonstration:
     def table(self) -> pd.DataFrame:
         """The scores in percent, and ``max head``, one row per editor."""
         rows = [
-            {
-                name.replace("_", " "): 100 * cell["mean"] if isinstance(cell, dict) else cell
-                for name, cell in row.items()
-            }
+            {name: 100 * cell["mean"] if isinstance(cell, dict) else cell for name, cell in row.items()}
             for row in self.to_json()["rows"]
         ]
         table = pd.DataFrame(rows).set_index("editor").drop(columns="steps")
+        table = table.rename(columns=lambda name: name.replace("_", " "))
         table["max head"] = [self.max_head(editor) for editor in table.index]
         return table
 

@@ -21,7 +21,7 @@ from attn_drift.tokens import subject_span
 PerHead = Float[Tensor, "text layer head"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SubjectAttention:
     """Attention from the last token of each text to its subject.
 
@@ -35,6 +35,9 @@ class SubjectAttention:
     all: PerHead
     layers: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        return f"SubjectAttention({len(self.last)} texts, layers {list(self.layers)})"
+
     def max_head(self, above: int = -1) -> Float[Tensor, " text"]:
         """Per text the largest attention to the subject-last token among the heads of the layers above ``above``.
 
@@ -47,7 +50,7 @@ class SubjectAttention:
         return self.last[:, chosen].amax((1, 2))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionDrift:
     """What an edit did to the attention of each head, per text.
 
@@ -61,6 +64,10 @@ class AttentionDrift:
     after: SubjectAttention
     row_kl: PerHead
     texts: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        top = self.top(1)
+        return f"AttentionDrift({len(self.texts)} texts, most: {top.index[0]} {top['drift'].iloc[0]:+.2f})"
 
     @property
     def layers(self) -> tuple[int, ...]:

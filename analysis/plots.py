@@ -100,7 +100,7 @@ def attention_rows(
         cols=1,
         shared_xaxes=True,
         vertical_spacing=0.08,
-        subplot_titles=list(names[: len(captures)]),
+        subplot_titles=[html.escape(n) for n in names[: len(captures)]],
     )
     for i, (z, name) in enumerate(zip(rows, names, strict=False), start=1):
         figure.add_trace(

@@ -129,7 +129,7 @@ def _most_damaged(shown: Demonstration) -> tuple[int, int]:
     cases = before["case"][dns].reset_index(drop=True)
     worst = fall.groupby(cases).mean().idxmax()
     index = next(i for i, case in enumerate(shown.cases) if case.case_id == worst)
-    return index, int(fall[cases == worst].idxmax())
+    return index, int(fall.where(cases == worst).argmax())
 
 
 def _summary(shown: Demonstration) -> list[str]:
@@ -137,9 +137,10 @@ def _summary(shown: Demonstration) -> list[str]:
     lost = before["DNS"] - edited["DNS"]
     saved = (held["DNS"] - edited["DNS"]) / lost if lost > 0 else float("nan")
     return [
-        f"{len(shown.cases)} facts of the demo model, each edited alone at layer {shown.layer} in {shown.arms[ROME].steps} steps (seed {shown.seed}, "
-        f"{shown.seconds:.0f} s). Scores are percentages of texts on which the right object beats the wrong one; "
-        "the columns ending in argmax count texts on which it is the model's first choice.",
+        f"{len(shown.cases)} facts of the demo model, each edited alone at layer {shown.layer} in "
+        f"{shown.arms[ROME].steps} steps (seed {shown.seed}, {shown.seconds:.0f} s). Scores are "
+        "percentages of texts on which the right object beats the wrong one; the columns "
+        "ending in argmax count texts on which it is the model's first choice.",
         f"ROME makes the new fact (ES {edited['ES']:.0f}) and its paraphrases (PS {edited['PS']:.0f}), but with the "
         f"edited subject in the context, questions about other people (DNS) fall from {before['DNS']:.0f} to "
         f"{edited['DNS']:.0f}, while the attention of the last token to the edited subject (max head) rises from "

@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from attn_drift.datasets import TASKS, Case
 from attn_drift.edits import Edit, applied_to_rows
 from attn_drift.hooks import run
+from attn_drift.models import check_model
 from attn_drift.tokens import Completion, Tokens, encode_completion, pad
 
 ROWS_AT_ONCE = 256
@@ -44,7 +45,7 @@ class Interval:
     n_texts: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scores:
     """One row per text.
 
@@ -54,6 +55,9 @@ class Scores:
     """
 
     frame: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"Scores({self.frame['case'].nunique()} cases, {len(self.frame)} texts)"
 
     def interval(self, task: str, column: str = "success", seed: int = 0) -> Interval:
         """Mean of a column over the texts of a task, with its interval.
@@ -113,6 +117,7 @@ def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit 
     Raises:
         ValueError: no cases, a number of edits other than that of cases, or a text longer than the context.
     """
+    check_model(model)
     if not cases:
         raise ValueError("no cases were given; expected at least one")
     if edits is not None and len(edits) != len(cases):

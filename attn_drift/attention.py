@@ -10,13 +10,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.edits import Edit, applied_to_rows
 from attn_drift.hooks import pattern_point, read
-from attn_drift.models import check_layer
+from attn_drift.models import check_layer, check_model
 from attn_drift.tokens import TokenBatch, Tokens, encode, pad
 
-TEXTS_AT_ONCE = 32
+# Numbers in the patterns of the texts that are run at once.
+NUMBERS_AT_ONCE = 2**26
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionCapture:
     """Attention patterns of texts, padding cut away, on the CPU.
 
@@ -32,6 +33,9 @@ class AttentionCapture:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"AttentionCapture({len(self)} texts, layers {list(self.layers)}, {self.n_heads} heads)"
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -60,9 +64,10 @@ def capture_attention(
         edits: an edit per text (None: unedited), where texts shall see different edits.
 
     Raises:
-        ValueError: no text, an empty text, a text longer than the context, a layer out of range, or a number of
-            edits other than that of texts.
+        ValueError: a model that cannot be captured, no text, an empty text, a text longer than the context, a layer
+            out of range, or a number of edits other than that of texts.
     """
+    check_model(model)
     texts = [texts] if isinstance(texts, str) else list(texts)
     chosen = tuple(range(model.cfg.n_layers)) if layers is None else tuple(layers)
     for layer in chosen:
@@ -73,16 +78,18 @@ def capture_attention(
     if not rows or not chosen:
         raise ValueError("no texts or no layers were given; expected at least one of each")
     patterns: list[Tensor] = []
-    for start in range(0, len(rows), TEXTS_AT_ONCE):
-        part = slice(start, start + TEXTS_AT_ONCE)
+    per_text = len(chosen) * model.cfg.n_heads * max(len(row) for row in rows) ** 2
+    at_once = max(1, NUMBERS_AT_ONCE // per_text)
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
         with applied_to_rows(model, [None] if edits is None else edits[part]):
             patterns += _patterns(model, pad(model, rows[part]), chosen)
     return AttentionCapture(tuple(rows), chosen, tuple(patterns))
 
 
 def _patterns(model: TransformerBridge, batch: TokenBatch, layers: Sequence[int]) -> list[Tensor]:
-    store = read(model, batch, [pattern_point(layer) for layer in layers])
-    stacked = torch.stack([store[pattern_point(layer)] for layer in layers], dim=1)
-    stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32)).cpu()
+    store = read(model, batch, [pattern_point(layer) for layer in layers], stop_at_layer=max(layers) + 1)
+    stacked = torch.stack([store[pattern_point(layer)].cpu() for layer in layers], dim=1)
+    stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
     spans = [slice(start, start + len(row)) for start, row in zip(batch.starts.tolist(), batch.rows, strict=True)]
     return [stacked[i, :, :, span, span].clone() for i, span in enumerate(spans)]

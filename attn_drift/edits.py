@@ -1,6 +1,7 @@
 """An edit is a value: low-rank updates of down-projections, applied by hooks or written into weights."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,10 +21,12 @@ from attn_drift.hooks import attached, updating
 from attn_drift.models import check_layer, down_projection, fingerprint
 from attn_drift.requests import EditRequest
 
+log = logging.getLogger(__name__)
+
 FORMAT = "attn_drift.edit.1"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRankUpdate:
     """A change of one down-projection: its output gains ``(k @ keys.T) @ values``.
 
@@ -39,6 +42,9 @@ class LowRankUpdate:
     def rank(self) -> int:
         return len(self.keys)
 
+    def __repr__(self) -> str:
+        return f"LowRankUpdate(rank {self.rank}, {self.keys.shape[1]} -> {self.values.shape[1]})"
+
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of the weight ``W``, where ``v = k @ W``."""
         return self.keys.T @ self.values
@@ -47,7 +53,7 @@ class LowRankUpdate:
         return LowRankUpdate(torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values]))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """A change of a model that can be applied, written, removed, added to others, saved and loaded.
 
@@ -67,10 +73,18 @@ class Edit:
     method: Mapping[str, object] = field(default_factory=dict)
     history: EditHistory | None = None
 
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{request.question!r} -> {request.target_new!r}" for request in self.requests[:3])
+        more = f" and {len(self.requests) - 3} more" if len(self.requests) > 3 else ""
+        where = ", ".join(f"L{layer} rank {update.rank}" for layer, update in self.updates.items())
+        return f"Edit({self.method.get('editor', 'edit')} of {self.model_name}, {where}: {facts}{more})"
+
     def check_fits(self, model: TransformerBridge) -> None:
-        """Raises a ValueError when a layer or a shape is not the model's."""
+        """Raises a ValueError when a layer or a shape is not the model's, or the update is not finite."""
         for layer, update in self.updates.items():
             check_layer(model, layer)
+            if not (torch.isfinite(update.keys).all() and torch.isfinite(update.values).all()):
+                raise ValueError(f"the edit's update of layer {layer} is not finite")
             expected = tuple(down_projection(model, layer).shape)
             given = (update.keys.shape[1], update.values.shape[1])
             if given != expected:
@@ -84,9 +98,11 @@ class Edit:
         """Applies the edit to everything that the model runs in the block, by hooks: no weight is touched.
 
         Raises:
-            ValueError: the edit does not fit the model.
+            ValueError: the edit does not fit the model, or is written in its weights, so that it would count twice.
         """
         self.check_fits(model)
+        self._check_not_written(model)
+        self._warn_of_another_model(model)
         hooks = [hook for layer, update in self.updates.items() for hook in updating(layer, update.keys, update.values)]
         with attached(model, hooks):
             yield
@@ -98,13 +114,13 @@ class Edit:
             ValueError: the edit does not fit the model, or is already written in it.
         """
         self.check_fits(model)
-        if any(self in written.edits for written in _written.get(model, {}).values()):
-            raise ValueError("this edit is already written in the model; remove_from(model) takes it out")
+        self._check_not_written(model)
+        self._warn_of_another_model(model)
+        record = _records.setdefault(model, _Record(fingerprint(model)))
         for layer in self.updates:
-            layers = _written.setdefault(model, {})
-            if layer not in layers:
-                layers[layer] = _Written(down_projection(model, layer).detach().clone(), [])
-            layers[layer].rewrite(model, layer, [*layers[layer].edits, self])
+            if layer not in record.layers:
+                record.layers[layer] = _Written(down_projection(model, layer).detach().clone())
+            record.layers[layer].add(model, layer, self)
 
     def remove_from(self, model: TransformerBridge) -> None:
         """Takes a written edit out of the weights; others stay, in whatever order they were written.
@@ -115,8 +131,8 @@ class Edit:
             ValueError: the edit is not written in this model.
             RuntimeError: something else changed the weight since, so that restoring would lose that change.
         """
-        layers = _written.get(model, {})
-        if not all(layer in layers and self in layers[layer].edits for layer in self.updates):
+        layers = _records[model].layers if model in _records else {}
+        if not all(layer in layers and self in layers[layer].updates for layer in self.updates):
             raise ValueError(
                 "this edit is not written in this model: write_to was not called with it, it was removed before, or "
                 "the model is a copy of the one it was written to"
@@ -124,9 +140,25 @@ class Edit:
         for layer in self.updates:
             layers[layer].check_untouched(model, layer)
         for layer in self.updates:
-            layers[layer].rewrite(model, layer, [edit for edit in layers[layer].edits if edit is not self])
-            if not layers[layer].edits:
+            layers[layer].remove(model, layer, self)
+            if not layers[layer].updates:
                 del layers[layer]
+        if not layers:
+            del _records[model]
+
+    def _check_not_written(self, model: TransformerBridge) -> None:
+        if model in _records and any(self in written.updates for written in _records[model].layers.values()):
+            raise ValueError("this edit is already written in the model; remove_from(model) takes it out")
+
+    def _warn_of_another_model(self, model: TransformerBridge) -> None:
+        if self.fingerprint not in _identities(model):
+            log.warning(
+                "%r was made for other weights (%s) than those of %s (%s)",
+                self,
+                self.fingerprint[:8],
+                model.cfg.model_name,
+                fingerprint(model)[:8],
+            )
 
     def __add__(self, other: "Edit") -> "Edit":
         """Both edits as one.
@@ -136,8 +168,9 @@ class Edit:
         """
         if self.fingerprint != other.fingerprint:
             raise ValueError(
-                f"edits of different models cannot be added: one was made for {self.model_name} "
-                f"({self.fingerprint[:8]}), the other for {other.model_name} ({other.fingerprint[:8]})"
+                f"edits of different weights cannot be added: one was made for {self.model_name} "
+                f"({self.fingerprint[:8]}), the other for {other.model_name} ({other.fingerprint[:8]}): another model, "
+                "another dtype, or one was made while an edit was written in the weights"
             )
         updates = dict(self.updates)
         for layer, update in other.updates.items():
@@ -185,11 +218,11 @@ class Edit:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no edit: its format is {metadata.get('format')!r}, expected {FORMAT!r}")
         edit = cls._from_tensors(path, tensors, metadata.get("record", ""))
-        if edit.fingerprint != fingerprint(model):
+        if edit.fingerprint not in _identities(model):
             raise ValueError(
                 f"{path} was made for {edit.model_name} with the weights {edit.fingerprint[:8]}, but the weights of "
                 f"{model.cfg.model_name} are {fingerprint(model)[:8]}; load it into the model that it was made for, "
-                "without edits written in its weights and in the same dtype"
+                "in the same dtype and without changed weights"
             )
         edit.check_fits(model)
         return edit
@@ -215,11 +248,15 @@ class Edit:
                 dict(content["method"]),
                 EditHistory.from_tensors(tensors),
             )
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged edit: {type(error).__name__}: {error}") from error
+        if not updates:
+            raise ValueError(f"{path} is a damaged edit: it has no layers")
         for layer, update in updates.items():
             if update.keys.ndim != 2 or update.values.ndim != 2 or len(update.keys) != len(update.values):
                 raise ValueError(f"{path} is a damaged edit: keys and values of layer {layer} do not match")
+            if not (update.keys.is_floating_point() and update.values.is_floating_point()):
+                raise ValueError(f"{path} is a damaged edit: its update of layer {layer} is not of floats")
             if not (torch.isfinite(update.keys).all() and torch.isfinite(update.values).all()):
                 raise ValueError(f"{path} is a damaged edit: its update of layer {layer} is not finite")
         return edit
@@ -227,32 +264,61 @@ class Edit:
 
 @dataclass
 class _Written:
-    """The weight of one layer as it was, and the edits written into it since, in order."""
+    """The weight of one layer as it was, and the updates written into it since, in order and safe from changes."""
 
     original: Float[Tensor, "d_mlp d_model"]
-    edits: list[Edit]
+    updates: dict[Edit, LowRankUpdate] = field(default_factory=dict)
 
-    def expected(self, layer: int, edits: Sequence[Edit]) -> Float[Tensor, "d_mlp d_model"]:
-        weight = self.original
-        for edit in edits:
-            delta = edit.updates[layer].delta().to(weight.device)
-            weight = (weight.to(delta.dtype) + delta).to(weight.dtype)
-        return weight
+    def add(self, model: TransformerBridge, layer: int, edit: Edit) -> None:
+        update = edit.updates[layer]
+        self.updates[edit] = LowRankUpdate(update.keys.clone(), update.values.clone())
+        self._write(model, layer)
 
-    def rewrite(self, model: TransformerBridge, layer: int, edits: list[Edit]) -> None:
-        with torch.no_grad():
-            down_projection(model, layer).copy_(self.expected(layer, edits))
-        self.edits = edits
+    def remove(self, model: TransformerBridge, layer: int, edit: Edit) -> None:
+        del self.updates[edit]
+        self._write(model, layer)
 
     def check_untouched(self, model: TransformerBridge, layer: int) -> None:
-        if not torch.equal(down_projection(model, layer), self.expected(layer, self.edits)):
+        weight = down_projection(model, layer)
+        if weight.dtype != self.original.dtype:
+            raise RuntimeError(
+                f"the model was cast from {self.original.dtype} to {weight.dtype} since the edit was written; cast it "
+                "back before removing the edit"
+            )
+        if not torch.equal(weight, self._expected(weight.device)):
             raise RuntimeError(
                 f"the down-projection of layer {layer} was changed by something else since the edit was written; "
                 "removing the edit would lose that change, so nothing was done"
             )
 
+    def _expected(self, device: torch.device) -> Float[Tensor, "d_mlp d_model"]:
+        weight = self.original.to(device)
+        for update in self.updates.values():
+            delta = update.delta().to(device)
+            dtype = torch.promote_types(weight.dtype, delta.dtype)
+            weight = (weight.to(dtype) + delta).to(weight.dtype)
+        return weight
 
-_written: WeakKeyDictionary[TransformerBridge, dict[int, _Written]] = WeakKeyDictionary()
+    def _write(self, model: TransformerBridge, layer: int) -> None:
+        weight = down_projection(model, layer)
+        with torch.no_grad():
+            weight.copy_(self._expected(weight.device))
+
+
+@dataclass
+class _Record:
+    """What was written into a model: its fingerprint before, and per layer the updates."""
+
+    fingerprint: str
+    layers: dict[int, _Written] = field(default_factory=dict)
+
+
+_records: WeakKeyDictionary[TransformerBridge, _Record] = WeakKeyDictionary()
+
+
+def _identities(model: TransformerBridge) -> set[str]:
+    """Fingerprints of the model: as it is, and as it was before edits were written into it."""
+    return {fingerprint(model)} | ({_records[model].fingerprint} if model in _records else set())
 
 
 @contextmanager

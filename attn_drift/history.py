@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EditHistory:
     """Every loss term at every evaluation, the last of which is not followed by a step (method.md, section 2).
 
     Attributes:
         terms: per evaluation the columns of ``COLUMNS``; ``loss`` is the sum of the four weighted terms, and
-            ``p_target`` the probability of the target given the rewriting texts, averaged over them.
+            ``p_target`` the probability of the whole target, averaged over the rewriting texts.
         selected: share of the rewriting texts on which a restriction selected a head; None without a restriction.
     """
 
@@ -26,6 +26,9 @@ class EditHistory:
 
     def __len__(self) -> int:
         return len(self.terms)
+
+    def __repr__(self) -> str:
+        return f"EditHistory({len(self)} evaluations, loss {self.terms[0, 0]:.3g} -> {self.terms[-1, 0]:.3g})"
 
     def to_frame(self) -> pd.DataFrame:
         """The terms, one row per evaluation, and ``n_selected``: selected heads per text."""
@@ -49,4 +52,9 @@ class EditHistory:
         terms = tensors["history.terms"]
         if terms.ndim != 2 or terms.shape[1] != len(cls.COLUMNS) or not torch.isfinite(terms).all():
             raise ValueError(f"the history has shape {tuple(terms.shape)}; expected [step {len(cls.COLUMNS)}], finite")
-        return cls(terms, tensors.get("history.selected"))
+        selected = tensors.get("history.selected")
+        if selected is not None and (selected.ndim != 3 or len(selected) != len(terms)):
+            raise ValueError(
+                f"the selected heads have shape {tuple(selected.shape)}; expected [{len(terms)} layer head]"
+            )
+        return cls(terms, selected)

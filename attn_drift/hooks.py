@@ -61,7 +61,7 @@ def adding(layer: int, columns: Int[Tensor, " text"], vectors: Callable[[], Floa
     def add(value: Tensor, hook: Any) -> Tensor:
         changed = value.clone()
         rows = torch.arange(len(columns), device=value.device)
-        changed[rows, columns] += vectors().to(value.dtype)
+        changed[rows, columns.to(value.device)] += vectors().to(value)
         return changed
 
     return value_point(layer), add
@@ -83,8 +83,9 @@ def updating(
         seen[:] = [key]
 
     def write(value: Tensor, hook: Any) -> Tensor:
-        ks, vs = keys.to(value.device), values.to(value.device)
-        match = einsum(seen.pop().to(ks.dtype), ks, f"text pos d_mlp, {shape} d_mlp -> text pos rank")
+        dtype = torch.promote_types(value.dtype, keys.dtype)
+        ks, vs = keys.to(value.device, dtype), values.to(value.device, dtype)
+        match = einsum(seen.pop().to(dtype), ks, f"text pos d_mlp, {shape} d_mlp -> text pos rank")
         change = einsum(match, vs, f"text pos rank, {shape} d_model -> text pos d_model")
         return (value + change).to(value.dtype)
 
@@ -101,13 +102,21 @@ def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Te
     # The final norm and the unembedding spread whatever is not finite over the whole vocabulary.
     broken = (~torch.isfinite(logits[:, :, 0]) & batch.mask).any(1)
     if broken.any():
-        text = batch.rows[int(broken.nonzero()[0, 0])].text
-        raise FloatingPointError(
-            f"{model.cfg.model_name} gives logits that are not finite on {text[:80]!r}. Likely causes: (a) a weight "
-            "has NaN; (b) an edit in effect is so large that the dtype overflows; (c) left padding in float64, which "
-            "Hugging Face's Llama attention turns into NaN: set model.tokenizer.padding_side = 'right'"
-        )
+        raise _not_finite(model, "logits", batch.rows[int(broken.nonzero()[0, 0])].text)
     return logits
+
+
+def _not_finite(model: TransformerBridge, what: str, text: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"{model.cfg.model_name} gives {what} that are not finite on {text[:80]!r}. Likely causes: (a) a weight has "
+        "NaN; (b) an edit in effect is so large that the dtype overflows; (c) left padding in float64, which Hugging "
+        "Face's Llama attention turns into NaN: set model.tokenizer.padding_side = 'right'"
+    )
+
+
+def is_hooked(model: TransformerBridge) -> bool:
+    """Whether any hook is attached, so that the model may not compute what its weights say."""
+    return any(point.fwd_hooks for point in model.hook_points())
 
 
 def read(
@@ -117,6 +126,7 @@ def read(
 
     Raises:
         RuntimeError: a hook point that the model has did not fire.
+        FloatingPointError: an activation is NaN or infinite.
     """
     store: dict[str, Tensor] = {}
     with torch.no_grad(), attached(model, reading(points, store)):
@@ -124,4 +134,8 @@ def read(
     silent = [point for point in points if point not in store]
     if silent:
         raise RuntimeError(f"the hook points {silent} of {model.cfg.model_name} did not fire; cannot read them")
+    for point, activation in store.items():
+        finite = torch.isfinite(activation.flatten(1)).all(1)
+        if not finite.all():
+            raise _not_finite(model, f"activations at {point}", batch.rows[int((~finite).nonzero()[0, 0])].text)
     return store

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-import logging
+import json
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -12,9 +12,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+from attn_drift.tokens import has_own_convention, own_tokenizer
 
 DEMO = "demo"
+
+# Of a model's configuration, what does not change what it computes.
+INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "_attn_implementation"}
 
 
 def demo_folder() -> Path:
@@ -28,7 +31,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> TransformerBridge:
     """Loads a model as a TransformerLens bridge, weights as they are (never in compatibility mode, which folds them).
 
@@ -37,40 +40,46 @@ def load_model(
             (wrapped in place, with ``tokenizer``); or a bridge, which is checked and returned as it is.
         tokenizer: of an in-memory Hugging Face model.
         device: where the model goes; TransformerLens chooses when None.
-        dtype: of the weights.
+        dtype: of the weights; when None float32, and for an in-memory model what it has.
 
     Raises:
         ValueError: a model that cannot be edited here; the message says what it lacks.
         OSError: no such folder, and no such name within reach; the message says what was tried.
     """
     if isinstance(source, TransformerBridge):
+        if tokenizer is not None or device is not None or dtype is not None:
+            raise ValueError("a bridge is taken as it is; set its tokenizer, device and dtype before, not here")
         model = source
     elif isinstance(source, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("a Hugging Face model was given without its tokenizer; pass load_model(model, tokenizer)")
+        if any("_original_component" in name for name, _ in source.named_parameters()):
+            raise ValueError("the Hugging Face model is already wrapped in a bridge; pass that bridge")
         name = source.config.name_or_path or type(source).__name__
+        dtype = source.dtype if dtype is None else dtype
         model = _boot(name, tokenizer, device, dtype, hf_model=source.to(dtype))
     else:
-        model = _load_by_name(str(source), device, dtype)
+        model = _load_by_name(source, device, torch.float32 if dtype is None else dtype)
     check_model(model)
     return model
 
 
-def _load_by_name(name: str, device: str | torch.device | None, dtype: torch.dtype) -> TransformerBridge:
-    folder = demo_folder() if name == DEMO else Path(name).expanduser()
+def _load_by_name(source: str | Path, device: str | torch.device | None, dtype: torch.dtype) -> TransformerBridge:
+    name = str(source)
+    folder = demo_folder() if source == DEMO else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise OSError(f"the folder {folder} has no config.json; expected a model saved by save_pretrained")
         model = _boot(str(folder), AutoTokenizer.from_pretrained(folder), device, dtype)
-        model.cfg.model_name = DEMO if name == DEMO else str(folder)
+        model.cfg.model_name = DEMO if source == DEMO else str(folder.absolute())
         return model
     try:
         return _boot(name, AutoTokenizer.from_pretrained(name), device, dtype)
-    except Exception as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"cannot load the model {name!r}: it is not {DEMO!r}, there is no folder {folder.absolute()}, and the "
             f"Hugging Face hub and its local cache gave no such model ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}). Check the name, download the model where there is a network, or "
+            f"{str(error)[:200]}). Check the name, download the model where there is a network, or "
             "give a folder."
         ) from error
 
@@ -90,11 +99,14 @@ def _boot(
         name, hf_model=hf_model, tokenizer=tokenizer, device=None if device is None else str(device), dtype=dtype
     )
     model.tokenizer.init_kwargs = init_kwargs
+    has_own_convention(model.tokenizer)
     return model.eval()
 
 
 def check_model(model: TransformerBridge) -> None:
-    """Raises a ValueError when the model lacks something that editing or capturing needs."""
+    """Raises a ValueError when the model lacks something that editing or capturing needs, or is in training mode."""
+    if model.original_model.training:
+        raise ValueError("the model is in training mode, where dropout changes every run; call model.eval()")
     if getattr(model, "compatibility_mode", False):
         raise ValueError(
             "the model is in TransformerLens's compatibility mode, which folds and centres weights, so that an edit "
@@ -144,12 +156,13 @@ def mlp_width(model: TransformerBridge, layer: int) -> int:
 
 
 def fingerprint(model: TransformerBridge) -> str:
-    """A hash of the weights: names, shapes, dtypes, and up to 4,096 evenly spaced entries of each.
+    """A hash of the configuration and the weights: names, shapes, dtypes, and some 4,096 evenly spaced entries of each.
 
     Files that belong to a model (edits, second moments, sampled contexts) carry it. A dense change of any weight,
     such as an edit, changes it.
     """
-    digest = hashlib.sha256()
+    config = {k: v for k, v in model.original_model.config.to_dict().items() if k not in INCIDENTAL and v is not None}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.original_model.state_dict().items()):
         clean = name.replace("._original_component", "")
         flat = weight.detach().flatten()
@@ -158,3 +171,13 @@ def fingerprint(model: TransformerBridge) -> str:
         digest.update(f"{clean}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def origin(model: TransformerBridge) -> dict[str, str]:
+    """All of a model that text sampled from it depends on: weights, tokenizer, and the kind of device."""
+    tokenizer = own_tokenizer(model).backend_tokenizer.to_str()
+    return {
+        "model": fingerprint(model),
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
+        "device": next(model.parameters()).device.type,
+    }

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.files import cache_path, replacing
-from attn_drift.hooks import key_point, read
-from attn_drift.models import check_layer, fingerprint, mlp_width
+from attn_drift.hooks import is_hooked, key_point, read
+from attn_drift.models import check_layer, check_model, fingerprint, mlp_width, origin
 from attn_drift.sampling import sample_documents
-from attn_drift.tokens import Tokens, encode, pad
+from attn_drift.tokens import Tokens, encode_windows, pad
 
 FORMAT = "attn_drift.moment.1"
 TEXTS_AT_ONCE = 32
@@ -31,37 +31,55 @@ SAMPLED_LENGTH = 64
 
 
 @dataclass(frozen=True, eq=False)
+class FactoredMoment:
+    """Cholesky factors of a second moment with its ridge.
+
+    Attributes:
+        factor: lower triangular.
+    """
+
+    factor: Float64[Tensor, "d_mlp d_mlp"]
+
+    def solve(self, keys: Float[Tensor, "d_mlp n"]) -> Float64[Tensor, "d_mlp n"]:
+        """``(C + ridge)^-1 @ keys``."""
+        return torch.cholesky_solve(keys.double(), self.factor)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class SecondMoment:
     """The second moment of the keys of one layer.
 
     Attributes:
         layer: whose keys.
-        matrix: ``C``, symmetric.
+        matrix: ``C``, symmetric, in float64.
         n_tokens: how many keys were averaged.
         fingerprint: of the model.
     """
 
     layer: int
-    matrix: Float64[Tensor, "d_mlp d_mlp"]
+    matrix: Float[Tensor, "d_mlp d_mlp"]
     n_tokens: int
     fingerprint: str
 
-    def solve(self, keys: Float[Tensor, "d_mlp n"], ridge: float) -> Float64[Tensor, "d_mlp n"]:
-        """``(C + ridge * mean(diag C) * I)^-1 @ keys`` by Cholesky factors in float64.
+    def __repr__(self) -> str:
+        return f"SecondMoment(L{self.layer}, {len(self.matrix)} x {len(self.matrix)}, {self.n_tokens} tokens)"
+
+    def factored(self, ridge: float, device: torch.device) -> "FactoredMoment":
+        """Cholesky factors of ``C + ridge * mean(diag C) * I``, once for any number of solutions.
 
         Raises:
             ValueError: the matrix with its ridge is not positive definite.
         """
-        matrix = self.matrix.to(keys.device)
+        matrix = self.matrix.to(device)
         shift = ridge * matrix.diagonal().mean()
-        factor, failed = torch.linalg.cholesky_ex(matrix + shift * torch.eye(len(matrix), device=keys.device))
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(shift.expand(len(matrix))))
         if failed or not torch.isfinite(factor).all():
             raise ValueError(
                 f"the second moment of layer {self.layer} ({self.n_tokens} tokens for {len(matrix)} dimensions) is not "
                 f"positive definite with a ridge of {ridge:g} of its mean diagonal: take it over more text, or raise "
                 "the ridge"
             )
-        return torch.cholesky_solve(keys.double(), factor)
+        return FactoredMoment(factor)
 
     def check_fits(self, model: TransformerBridge, layer: int) -> None:
         """Raises a ValueError for a moment of another layer, shape or model, or one not finite and symmetric."""
@@ -71,6 +89,10 @@ class SecondMoment:
         if tuple(self.matrix.shape) != (width, width):
             raise ValueError(
                 f"the second moment has shape {list(self.matrix.shape)}; layer {layer} needs {[width] * 2}"
+            )
+        if self.matrix.dtype != torch.float64:
+            raise ValueError(
+                f"the second moment is in {self.matrix.dtype}; expected float64: SecondMoment(matrix.double())"
             )
         if self.fingerprint != fingerprint(model):
             raise ValueError(
@@ -113,18 +135,21 @@ class SecondMoment:
             raise ValueError(f"{path} is no second moment: {error}") from error
 
 
-def second_moment(model: TransformerBridge, layer: int, texts: Iterable[str | Tokens]) -> SecondMoment:
-    """Averages ``k k^T`` over every token of the texts (tokenized ones are taken as they are).
+def second_moment(model: TransformerBridge, layer: int, texts: str | Iterable[str | Tokens]) -> SecondMoment:
+    """Averages ``k k^T`` over every token of the texts.
+
+    Texts longer than the model's context are cut into windows; tokenized ones are taken as they are.
 
     Raises:
-        ValueError: layer out of range, no texts, an empty text, or one longer than the context.
+        ValueError: a model that cannot be edited, layer out of range, no texts, or an empty text.
     """
+    check_model(model)
     check_layer(model, layer)
     width = mlp_width(model, layer)
     total = torch.zeros(width, width, dtype=torch.float64, device=next(model.parameters()).device)
     n_tokens = 0
-    for batch in _batches(texts):
-        tokens = pad(model, [encode(model, text) if isinstance(text, str) else text for text in batch])
+    for batch in _batches(model, [texts] if isinstance(texts, str) else texts):
+        tokens = pad(model, batch)
         point = key_point(layer)
         keys = read(model, tokens, [point], stop_at_layer=layer + 1)[point][tokens.mask].double()
         total += keys.T @ keys
@@ -137,21 +162,22 @@ def second_moment(model: TransformerBridge, layer: int, texts: Iterable[str | To
 def sampled_moment(model: TransformerBridge, layer: int, seed: int = 0) -> SecondMoment:
     """The second moment over text sampled from the model itself: needs no data set, approximates its training text.
 
-    Cached, keyed by the model's weights, the layer, the seed and the settings.
+    Cached, keyed by all that it depends on, but not where hooks are attached (an edit in effect).
     """
     check_layer(model, layer)
     n_tokens = max(SAMPLED_TOKENS, SAMPLED_TOKENS_PER_KEY * mlp_width(model, layer))
     length = min(SAMPLED_LENGTH, model.cfg.n_ctx)
-    key = {"model": fingerprint(model), "layer": layer, "seed": seed, "n_tokens": n_tokens, "length": length}
+    key = {**origin(model), "layer": layer, "seed": seed, "n_tokens": n_tokens, "length": length}
     path = cache_path("moments", ".safetensors", key)
-    if path.is_file():
+    if path.is_file() and not is_hooked(model):
         return SecondMoment.load(path)
     moment = second_moment(model, layer, sample_documents(model, n_tokens, length, seed))
-    moment.save(path)
+    if not is_hooked(model):
+        moment.save(path)
     return moment
 
 
-def _batches(texts: Iterable[str | Tokens]) -> Iterator[list[str | Tokens]]:
-    stream = iter(texts)
+def _batches(model: TransformerBridge, texts: Iterable[str | Tokens]) -> Iterator[list[Tokens]]:
+    stream = (window for text in texts for window in (encode_windows(model, text) if isinstance(text, str) else [text]))
     while batch := list(islice(stream, TEXTS_AT_ONCE)):
         yield batch

@@ -42,12 +42,15 @@ class EditRequest:
     rephrasings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rephrasings", tuple(self.rephrasings))
         for template in self.wordings:
             _check_template(template, "the prompt")
         if not self.subject.strip() or SLOT in self.subject:
             raise ValueError(f"the subject is {self.subject!r}; expected the words that name the edited entity")
         if not self.target_new.strip():
             raise ValueError(f"target_new is {self.target_new!r}; expected the object that the model shall answer")
+        if self.target_true is not None and not self.target_true.strip():
+            raise ValueError(f"target_true is {self.target_true!r}; expected the old object, or None where unknown")
         if self.target_true is not None and self.target_new.strip() == self.target_true.strip():
             raise ValueError(
                 f"target_new and target_true are both {self.target_new!r}; expected an object that differs from the old"
@@ -79,6 +82,8 @@ def check_contexts(contexts: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a context that does not end in its only ``{}`` (the object follows the prompt).
     """
+    if isinstance(contexts, str):
+        raise ValueError(f"contexts is the text {contexts!r}; expected a sequence of templates")
     for context in contexts:
         _check_template(context, "the context")
         if not context.endswith(SLOT):
@@ -130,9 +135,11 @@ def request_texts(model: TransformerBridge, request: EditRequest, contexts: Sequ
 
 
 def _rewriting_text(model: TransformerBridge, request: EditRequest, context: str, wording: int) -> RewritingText:
-    prompt = fill(context, fill(request.wordings[wording], request.subject))
+    template = fill(context, request.wordings[wording])
+    prompt = fill(template, request.subject)
     completion = encode_completion(model, prompt, request.target_new)
-    subject_end = find_subject(prompt, request.subject)[1]
+    # The place in the template is an occurrence; another may follow it.
+    subject_end = find_subject(prompt, request.subject, template.index(SLOT))[1]
     return RewritingText(completion, completion.tokens.last_covering(subject_end - 1), wording)
 
 
@@ -163,10 +170,11 @@ class RewritingBatch:
 
     def mean_per_request(self, per_text: Tensor) -> Tensor:
         """Averages over each request's rewriting texts: ``[text ...] -> [request ...]``."""
-        owner = self.owner[: self.n_texts]
-        total = per_text.new_zeros(len(self.texts), *per_text.shape[1:]).index_add(0, owner, per_text)
-        counts = torch.bincount(owner, minlength=len(self.texts)).to(per_text.dtype)
-        return total / counts.view(-1, *[1] * (per_text.ndim - 1))
+        # A product with a matrix, since index_add is not deterministic on CUDA.
+        member = self.owner[: self.n_texts] == torch.arange(len(self.texts), device=self.owner.device)[:, None]
+        shares = member.to(per_text.dtype) / member.sum(1, keepdim=True)
+        averaged: Tensor = torch.tensordot(shares, per_text, dims=1)
+        return averaged
 
 
 def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts]) -> RewritingBatch:

@@ -180,6 +180,10 @@ class SADR:
             raise ValueError(f"gamma is {self.gamma}; expected a number of at least 0")
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"the divergence is {self.divergence!r}; expected one of {list(DIVERGENCES)}")
+        if not callable(self.heads):
+            raise ValueError(f"heads is {self.heads!r}; expected a rule such as LayerMax() or TopK(8)")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
         if self.queries not in ("prompt_last", "after_subject"):
             raise ValueError(f"queries is {self.queries!r}; expected 'prompt_last' or 'after_subject'")
 
@@ -187,11 +191,17 @@ class SADR:
         """The layers that are restricted for an edit of ``layer``.
 
         Raises:
-            ValueError: there are none, one is out of range, or a fixed head does not exist.
+            ValueError: there are none, one is named twice, is out of range or not above the edited one (so that
+                nothing could drift in it), or a fixed head does not exist.
         """
         layers = tuple(range(layer + 1, model.cfg.n_layers)) if self.layers is None else self.layers
         for chosen in layers:
             check_layer(model, chosen)
+        if len(set(layers)) < len(layers) or any(chosen <= layer for chosen in layers):
+            raise ValueError(
+                f"the restricted layers are {layers}; expected layers above the edited layer {layer}, each once: an "
+                "edit cannot change attention up to its own layer"
+            )
         if not layers:
             raise ValueError(
                 f"no layer is left to restrict above the edited layer {layer} of {model.cfg.n_layers}; edit an "
@@ -229,7 +239,8 @@ class BoundSADR:
         columns, _ = self._queries(batch)
         texts = torch.arange(batch.n_texts, device=columns.device)[:, None]
         # Advanced indices around a slice put their axes first: [text query head key].
-        rows = [activations[point][texts, :, columns].transpose(1, 2) for point in self.points]
+        patterns = [activations[point].to(columns.device) for point in self.points]
+        rows = [pattern[texts, :, columns].transpose(1, 2) for pattern in patterns]
         stacked = torch.stack(rows)
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 

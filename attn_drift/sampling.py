@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.files import cache_path, replacing
-from attn_drift.models import fingerprint
+from attn_drift.hooks import is_hooked
+from attn_drift.models import origin
 from attn_drift.requests import SLOT
 from attn_drift.tokens import Tokens, encode, own_tokenizer
 
@@ -32,8 +33,8 @@ def sample_contexts(
 ) -> list[str]:
     """Contexts for an edit: the empty one, and short texts of the model's own, each ended with ``". "``.
 
-    Started from ``STARTS`` and sampled with top-k 5 (method.md, section 2); cached, keyed by the model's weights, the
-    seed and the settings.
+    Started from ``STARTS`` and sampled with top-k 5 (method.md, section 2); cached, keyed by all that they depend on,
+    but not where hooks are attached (an edit in effect).
 
     Args:
         model: the model.
@@ -42,11 +43,20 @@ def sample_contexts(
             ROME's ten of 5 and ten of 10 tokens by default.
     """
     # Drawn whether or not the cache will be hit, so that a cache does not change the generator's state.
-    seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator))
-    key = {"model": fingerprint(model), "seed": seed, "starts": STARTS, "lengths": lengths, "top_k": TOP_K}
+    seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    if is_hooked(model):
+        return _sample_contexts(model, seed, lengths)
+    key = {**origin(model), "seed": seed, "starts": STARTS, "lengths": lengths, "top_k": TOP_K}
     path = cache_path("contexts", ".json", key)
     if path.is_file():
         return [str(context) for context in json.loads(path.read_text(encoding="utf-8"))]
+    contexts = _sample_contexts(model, seed, lengths)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(contexts), encoding="utf-8")
+    return contexts
+
+
+def _sample_contexts(model: TransformerBridge, seed: int, lengths: tuple[tuple[int, int], ...]) -> list[str]:
     contexts = [SLOT]
     with _seeded(seed):
         for length, repeats in lengths:
@@ -54,8 +64,6 @@ def sample_contexts(
                 prompt = torch.tensor([encode(model, start).ids] * repeats)
                 sampled = _generate(model, prompt, max(1, length - prompt.shape[1]), top_k=TOP_K)
                 contexts += [f"{_clean(text)}. {SLOT}" for text in _decode(model, sampled)]
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(contexts), encoding="utf-8")
     return contexts
 
 

@@ -92,6 +92,11 @@ class TokenBatch:
 _originals: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
 
 
+def has_own_convention(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Remembers that a bridge's tokenizer is as it was published, so that `own_tokenizer` returns it."""
+    _originals[tokenizer] = tokenizer
+
+
 def own_tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the special-token convention it was published with.
 
@@ -99,7 +104,7 @@ def own_tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase:
     from `load_model` already has it so.)
     """
     tokenizer = model.tokenizer
-    if not tokenizer.init_kwargs.get("add_bos_token"):
+    if tokenizer not in _originals and not tokenizer.init_kwargs.get("add_bos_token"):
         return tokenizer
     if tokenizer not in _originals:
         try:
@@ -115,6 +120,29 @@ def encode(model: TransformerBridge, text: str) -> Tokens:
     Raises:
         ValueError: an empty text, or one longer than the model's context.
     """
+    tokens = _tokenize(model, text)
+    limit = model.cfg.n_ctx
+    if len(tokens) > limit:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, more than the model's context of {limit}; shorten it: "
+            f"{text[:60]!r} ... {text[-60:]!r}"
+        )
+    return tokens
+
+
+def encode_windows(model: TransformerBridge, text: str) -> list[Tokens]:
+    """Tokenizes a text of any length, cut into consecutive parts that fit the model's context.
+
+    Raises:
+        ValueError: an empty text.
+    """
+    tokens, limit = _tokenize(model, text), model.cfg.n_ctx
+    return [
+        Tokens(text, tokens.ids[i : i + limit], tokens.offsets[i : i + limit]) for i in range(0, len(tokens), limit)
+    ]
+
+
+def _tokenize(model: TransformerBridge, text: str) -> Tokens:
     if not text:
         raise ValueError("the text is empty; expected at least one character")
     encoded = own_tokenizer(model)(text, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -124,11 +152,6 @@ def encode(model: TransformerBridge, text: str) -> Tokens:
         ids, offsets, special = ids[:-1], offsets[:-1], special[:-1]
     if not ids:
         raise ValueError(f"the tokenizer makes no token of {text!r}; expected a text with visible characters")
-    limit = model.cfg.n_ctx
-    if len(ids) > limit:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, more than the model's context of {limit}; shorten it: {text[:80]!r}..."
-        )
     return Tokens(text, tuple(ids), tuple((int(a), int(b)) for a, b in offsets))
 
 
@@ -137,9 +160,9 @@ def pad(model: TransformerBridge, rows: Sequence[Tokens]) -> TokenBatch:
     if not rows:
         raise ValueError("no texts were given; expected at least one")
     left = model.tokenizer.padding_side == "left"
-    filler = model.tokenizer.pad_token_id
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), 0 if filler is None else filler)
+    # What stands at masked columns does not matter, but must be in the vocabulary: a pad token need not be.
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     starts = torch.tensor([width - len(row) if left else 0 for row in rows])
     for i, row in enumerate(rows):
@@ -150,8 +173,13 @@ def pad(model: TransformerBridge, rows: Sequence[Tokens]) -> TokenBatch:
     return TokenBatch(tuple(rows), ids.to(device), mask.to(device), starts.to(device))
 
 
-def find_subject(text: str, subject: str) -> tuple[int, int]:
+def find_subject(text: str, subject: str, start: int = 0) -> tuple[int, int]:
     """Characters of the last occurrence of ``subject`` in ``text``: as whole words where there is such a one.
+
+    Args:
+        text: where to look.
+        subject: what to look for.
+        start: the first character at which an occurrence counts.
 
     Raises:
         ValueError: the subject is empty or does not occur.
@@ -159,11 +187,11 @@ def find_subject(text: str, subject: str) -> tuple[int, int]:
     if not subject.strip():
         raise ValueError(f"the subject is empty ({subject!r}); expected the words that name the edited entity")
     subject = subject.strip()
-    whole_words = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text))
-    start = whole_words[-1].start() if whole_words else text.rfind(subject)
-    if start < 0:
+    whole_words = list(re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)").finditer(text, start))
+    found = whole_words[-1].start() if whole_words else text.rfind(subject, start)
+    if found < 0:
         raise ValueError(f"the subject {subject!r} does not occur in {text!r}")
-    return start, start + len(subject)
+    return found, found + len(subject)
 
 
 def subject_span(tokens: Tokens, subject: str) -> range:

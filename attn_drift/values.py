@@ -51,7 +51,7 @@ class ValueConfig:
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and clamp {self.clamp}; expected both to be positive"
             )
-        if self.weight_decay < 0 or self.kl_factor < 0:
+        if not (self.weight_decay >= 0 and self.kl_factor >= 0):
             raise ValueError(
                 f"weight_decay is {self.weight_decay} and kl_factor {self.kl_factor}; expected neither to be negative"
             )
@@ -191,7 +191,8 @@ class _Optimisation:
     def _record_vanilla(self, logits: Tensor) -> None:
         batch = self.batch
         rows = torch.arange(len(batch.owner), device=logits.device)
-        values = self.store[value_point(self.layer)][rows, batch.subject_last].detach().to(self.dtype)
+        values = self.store[value_point(self.layer)].to(logits.device)[rows, batch.subject_last]
+        values = values.detach().to(self.delta)
         # The first text of every request is context-free.
         first = torch.stack([(batch.owner[: batch.n_texts] == r).nonzero()[0, 0] for r in range(len(batch.texts))])
         self.v0: Float[Tensor, "request d_model"] = values[first]
@@ -213,7 +214,7 @@ class _Optimisation:
             kl=config.kl_factor * kl,
             decay=config.weight_decay * self.delta.norm(dim=1) / self.v0_norm.square(),
             restriction=batch.mean_per_request(penalty.loss),
-            p_target=batch.mean_per_request((-per_text.detach()).exp()),
+            p_target=batch.mean_per_request((-per_text.detach() * (batch.target != IGNORED).sum(1)).exp()),
             selected=None if penalty.selected is None else batch.mean_per_request(penalty.selected),
         )
 

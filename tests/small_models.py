@@ -1,5 +1,6 @@
 """Small random models and a tokenizer, made from seeds."""
 
+import copy
 from functools import cache
 
 import torch
@@ -54,7 +55,7 @@ def make_hf_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreT
     """The same weights at every call, large enough that heads differ and attention is far from uniform."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]), attn_implementation="eager")
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
                 torch.nn.init.normal_(weight, std=0.6 if "emb" in name or "wte" in name else 0.25)

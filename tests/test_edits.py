@@ -230,6 +230,22 @@ def test_bad_files_are_refused(make_model: Make, tmp_path: Path) -> None:
     ad.Edit({1: broken}, edit.requests, edit.fingerprint, "x").save(path)
     with pytest.raises(ValueError, match="not finite"):
         ad.Edit.load(path, model)
+    whole = ad.LowRankUpdate(torch.ones(1, 128, dtype=torch.int64), torch.ones(1, 32, dtype=torch.int64))
+    record = {"requests": [], "fingerprint": edit.fingerprint, "model_name": "x", "method": {}}
+    tensors = {"layers.1.keys": whole.keys, "layers.1.values": whole.values}
+    for content, changed, message in [
+        (tensors, {}, "not of floats"),
+        ({}, {}, "has no layers"),
+        ({"layers.1.keys": torch.ones(2, 128), "layers.1.values": torch.ones(1, 32)}, {}, "do not match"),
+        ({"layers.1.keys": torch.ones(1, 128)}, {}, "KeyError"),
+        ({"layers.x.keys": torch.ones(1, 128)}, {}, "ValueError"),
+        (tensors, {"requests": [5]}, "TypeError"),
+        (tensors, {"requests": [{"prompt": "none", "subject": "a", "target_new": "x", "rephrasings": []}]}, "0 places"),
+    ]:
+        metadata = {"format": "attn_drift.edit.1", "record": json.dumps({**record, **changed})}
+        save_file(content, path, metadata=metadata)
+        with pytest.raises(ValueError, match=message):
+            ad.Edit.load(path, model)
 
 
 def test_file_of_another_model_is_refused(make_model: Make, tmp_path: Path) -> None:
@@ -238,16 +254,81 @@ def test_file_of_another_model_is_refused(make_model: Make, tmp_path: Path) -> N
     edit.save(path)
     with pytest.raises(ValueError, match="was made for"):
         ad.Edit.load(path, other)
-    edit.write_to(model)
-    with pytest.raises(ValueError, match="without edits written"):
-        ad.Edit.load(path, model)
-    edit.remove_from(model)
+    # A model with edits written in it is still the one that they were made for; one changed otherwise is not.
+    random_edit(model, 1).write_to(model)
     assert ad.Edit.load(path, model).updates.keys() == {1}
+    changed = make_model("gpt2")
+    with torch.no_grad():
+        down_projection(changed, 0).mul_(1.01)
+    with pytest.raises(ValueError, match="without changed weights"):
+        ad.Edit.load(path, changed)
+
+
+def test_applying_to_other_weights_is_said(make_model: Make, caplog: pytest.LogCaptureFixture) -> None:
+    model, changed = make_model("gpt2"), make_model("gpt2")
+    edit, second = random_edit(model, 0), random_edit(model, 1)
+    edit.write_to(model)
+    with second.applied(model):
+        pass
+    assert not caplog.records
+    with torch.no_grad():
+        down_projection(changed, 0).mul_(1.01)
+    with edit.applied(changed):
+        pass
+    assert "was made for other weights" in caplog.text
+
+
+def test_an_edit_does_not_count_twice(make_model: Make) -> None:
+    model = make_model("gpt2")
+    edit = random_edit(model, 0)
+    edit.write_to(model)
+    with pytest.raises(ValueError, match="already written"), edit.applied(model):
+        pass
+    edit.remove_from(model)
+
+
+def test_written_edits_survive_changes_of_the_value_and_casts_are_named(make_model: Make) -> None:
+    model = make_model("gpt2")
+    before, edit = state(model), random_edit(model, 0)
+    edit.write_to(model)
+    edit.updates[1].values.mul_(0.5)
+    model.original_model.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="was cast from"):
+        edit.remove_from(model)
+    model.original_model.to(torch.float32)
+    with pytest.raises(RuntimeError, match="changed by something else"):
+        edit.remove_from(model)  # the round trip through bfloat16 lost bits
+    model = make_model("gpt2")
+    edit.write_to(model)
+    edit.updates[1].values.mul_(0.5)
+    edit.remove_from(model)
+    assert same_state(model, before)
+
+
+def test_float32_edit_of_a_float64_model(make_model: Make) -> None:
+    model = make_model("gpt2", torch.float64)
+    before = state(model)
+    nothing = ad.LowRankUpdate(torch.zeros(1, 128), torch.zeros(1, 32))
+    ad.Edit({1: nothing}, (), fingerprint(model), "x").write_to(model)
+    assert same_state(model, before)
+
+
+def test_edits_that_are_not_finite_are_refused(small: TransformerBridge) -> None:
+    update = random_edit(small, 0).updates[1]
+    broken = ad.Edit({1: ad.LowRankUpdate(update.keys * float("inf"), update.values)}, (), "x", "x")
+    with pytest.raises(ValueError, match="not finite"):
+        broken.write_to(small)
+
+
+def test_short_texts_stand_for_edits(small: TransformerBridge) -> None:
+    edit = random_edit(small, 0)
+    assert repr(edit) == "Edit(random of GPT2LMHeadModel, L1 rank 1: 'Ada Bellini plays the' -> 'object 0')"
+    assert repr(edit.updates[1]) == "LowRankUpdate(rank 1, 128 -> 32)"
 
 
 def test_edits_of_another_shape_are_refused(make_model: Make) -> None:
     edit, other = random_edit(make_model("gpt2"), 0), make_model("llama")
     with pytest.raises(ValueError, match=r"but .* has"), edit.applied(other):
         pass
-    with pytest.raises(ValueError, match="different models"):
+    with pytest.raises(ValueError, match="different weights"):
         edit + random_edit(other, 0)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import make_tokenizer
+from test_edits import random_edit
 from test_rome import moment_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from attn_drift.hooks import key_point, read
-from attn_drift.models import fingerprint
+from attn_drift.models import fingerprint, origin
 from attn_drift.sampling import sample_contexts, sample_documents
 from attn_drift.tokens import encode, pad
 
@@ -42,7 +44,7 @@ def test_solve_solves(n: int, ridge: float, seed: int) -> None:
     keys = torch.randn(5 * n, n, dtype=torch.float64, generator=generator)
     C = keys.T @ keys
     right = torch.randn(n, 3, dtype=torch.float64, generator=generator)
-    solved = ad.SecondMoment(0, C, 5 * n, "x").solve(right, ridge)
+    solved = ad.SecondMoment(0, C, 5 * n, "x").factored(ridge, C.device).solve(right)
     torch.testing.assert_close((C + ridge * C.diagonal().mean() * torch.eye(n)) @ solved, right)
 
 
@@ -75,6 +77,39 @@ def test_sampled_moment_is_cached_by_what_it_depends_on(
         model.blocks[0].mlp.W_out.mul_(1.01)
     ad.sampled_moment(model, 1)
     assert len(list((tmp_path / "moments").iterdir())) == 4
+
+
+def test_nothing_made_with_an_edit_in_effect_is_cached(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "edited"))
+    model = make_model("gpt2")
+    with random_edit(model, 0, (0,)).applied(model):
+        edited, changed = sample_contexts(model), ad.sampled_moment(model, 1)
+    assert not (tmp_path / "edited").exists()
+    clean, moment = sample_contexts(model), ad.sampled_moment(model, 1)
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "other"))
+    assert sample_contexts(model) == clean != edited
+    assert torch.equal(ad.sampled_moment(model, 1).matrix, moment.matrix)
+    assert not torch.equal(changed.matrix, moment.matrix)
+
+
+def test_what_changes_a_model_changes_its_identity(make_model: Make) -> None:
+    model, other = make_model("gpt2"), make_model("gpt2")
+    assert fingerprint(model) == fingerprint(other) and origin(model) == origin(other)
+    other.original_model.config.layer_norm_epsilon = 0.1
+    assert fingerprint(model) != fingerprint(other)
+    bos = make_model("gpt2", bos=True)
+    assert fingerprint(model) == fingerprint(bos) and origin(model) != origin(bos)
+    assert fingerprint(model) != fingerprint(make_model("gpt2", torch.float64))
+
+
+def test_one_text_and_long_texts(small: TransformerBridge) -> None:
+    text = "plays " * 100
+    whole = ad.second_moment(small, 0, text)
+    assert whole.n_tokens == len(make_tokenizer()(text)["input_ids"]) > small.cfg.n_ctx
+    listed = ad.second_moment(small, 0, [text])
+    assert torch.equal(whole.matrix, listed.matrix)
 
 
 def test_sampling_leaves_the_random_state_alone(small: TransformerBridge) -> None:
@@ -134,5 +169,7 @@ def test_bad_moments_are_named(make_model: Make) -> None:
         edit(ad.SecondMoment(1, good.matrix * float("nan"), 1, good.fingerprint))
     with pytest.raises(ValueError, match="not a finite symmetric"):
         edit(ad.SecondMoment(1, good.matrix.triu(), 1, good.fingerprint))
+    with pytest.raises(ValueError, match=r"is in torch\.float32"):
+        edit(ad.SecondMoment(1, good.matrix.float(), 1, good.fingerprint))
     with pytest.raises(ValueError, match="no texts were given"):
         ad.second_moment(model, 1, [])

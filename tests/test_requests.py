@@ -9,9 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import make_hf_model, make_tokenizer
 from test_rome import moment_of
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerFast
 
 import attn_drift as ad
+from analysis.specificity import score
+from attn_drift.datasets import Case, Probe
 from attn_drift.requests import fill, request_texts, rewriting_batch
 from attn_drift.tokens import encode, encode_completion, find_subject, pad, subject_span
 
@@ -69,6 +73,13 @@ def test_subject_also_in_the_context_and_in_the_target(small: TransformerBridge)
     shift = len(after.completion.tokens) - len(plain.completion.tokens)
     assert after.subject_last - plain.subject_last == shift
     assert after.completion.target == plain.completion.target
+
+
+def test_subject_that_is_part_of_a_word_at_its_place(small: TransformerBridge) -> None:
+    """The place in the prompt counts, not a whole word in the context."""
+    request = ad.EditRequest("{}n towns are", "Ada", "a town")
+    plain, after = request_texts(small, request, ["{}", "I met Ada. {}"]).rewriting
+    assert after.subject_last - plain.subject_last == len(after.completion.tokens) - len(plain.completion.tokens)
 
 
 def test_columns_under_left_padding(make_model: Make) -> None:
@@ -131,6 +142,7 @@ GOOD = {"prompt": "{} plays the", "subject": "Ada Bellini", "target_new": "cello
         ({"subject": " "}, "the subject is ' '"),
         ({"subject": "{}"}, "the subject is '{}'"),
         ({"target_new": ""}, "target_new is ''"),
+        ({"target_true": ""}, "target_true is ''"),
         ({"target_true": "cello "}, "target_new and target_true are both 'cello'"),
     ],
 )
@@ -154,6 +166,7 @@ def test_bad_arguments_are_refused_before_the_model_runs(make_model: Make) -> No
     request = ad.EditRequest(**GOOD)
     moment = moment_of(model, 1)
     long = ad.EditRequest("plays " * 70 + "{}", "Ada", "cello")
+    near = ad.EditRequest("plays " * 51 + "{}", "Ada", "I")
     refuses_to_run(model)
     config = ad.ROMEConfig(layer=1)
     cases: list[tuple[str, dict[str, object]]] = [
@@ -164,6 +177,8 @@ def test_bad_arguments_are_refused_before_the_model_runs(make_model: Make) -> No
         ("more than the model's context of 64", {"requests": long}),
         ("more than the model's context of 64", {"requests": long, "contexts": None}),
         ("more than the model's context of 64", {"contexts": ["plays " * 70 + "{}"]}),
+        ("with a sampled context before it", {"requests": near, "contexts": None}),
+        ("contexts is the text", {"contexts": "In town. {}"}),
         ("no requests were given", {"requests": []}),
         ("is of layer 0", {"moment": moment_of(model, 0)}),
         ("no layer is left to restrict", {"config": ad.ROMEConfig(layer=2), "restrict": ad.SADR(gamma=1)}),
@@ -185,10 +200,13 @@ def test_nan_weights_are_named(make_model: Make) -> None:
         ad.rome(model, ad.EditRequest(**GOOD), config=ad.ROMEConfig(layer=0), contexts=["{}"])
 
 
+@pytest.mark.parametrize("value", [-1, float("nan")])
 @pytest.mark.parametrize("field", ["steps", "learning_rate", "clamp", "weight_decay", "kl_factor", "ridge"])
-def test_bad_settings_are_named(field: str) -> None:
+def test_bad_settings_are_named(field: str, value: float) -> None:
+    if field == "steps" and value != -1:
+        pytest.skip("no number of steps")
     with pytest.raises(ValueError, match=field):
-        ad.ROMEConfig(layer=0, **{field: -1})
+        ad.ROMEConfig(layer=0, **{field: value})
 
 
 def test_models_that_cannot_be_loaded_say_what_was_tried(tmp_path: Path) -> None:
@@ -200,11 +218,74 @@ def test_models_that_cannot_be_loaded_say_what_was_tried(tmp_path: Path) -> None
         ad.load_model(make_hf_model("gpt2"))
 
 
-def test_compatibility_mode_is_refused(make_model: Make) -> None:
+def test_models_in_a_wrong_mode_are_refused_everywhere(make_model: Make) -> None:
+    folded, training = make_model("gpt2"), make_model("gpt2")
+    folded.enable_compatibility_mode()
+    training.train()
+    for model, message in [(folded, "compatibility mode"), (training, r"model\.eval")]:
+        for function in (
+            lambda m: ad.load_model(m),
+            lambda m: ad.rome(m, ad.EditRequest(**GOOD), config=ad.ROMEConfig(layer=0)),
+            lambda m: ad.capture_attention(m, "Ada"),
+            lambda m: ad.second_moment(m, 0, ["Ada"]),
+            lambda m: score(m, [Case("a", ad.EditRequest(**GOOD), {"ES": (Probe("Ada is", "a", "b"),)})]),
+        ):
+            with pytest.raises(ValueError, match=message):
+                function(model)
+
+
+def test_loading_says_what_it_ignores(make_model: Make) -> None:
     model = make_model("gpt2")
-    model.enable_compatibility_mode()
-    with pytest.raises(ValueError, match="compatibility mode"):
-        ad.load_model(model)
+    with pytest.raises(ValueError, match="taken as it is"):
+        ad.load_model(model, dtype=torch.float64)
+    with pytest.raises(ValueError, match="already wrapped"):
+        ad.load_model(model.original_model, make_tokenizer())
+    half = make_hf_model("gpt2", torch.bfloat16)
+    assert next(ad.load_model(half, make_tokenizer(), device="cpu").parameters()).dtype == torch.bfloat16
+
+
+def test_changed_tokenizers_stay_changed() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.init_kwargs["add_bos_token"] = True
+    tokenizer.add_tokens(["zither"])
+    model = ad.load_model(make_hf_model("gpt2"), tokenizer, device="cpu")
+    assert encode(model, "zither").ids == tuple(tokenizer("zither")["input_ids"])
+    assert len(encode(model, "zither")) == 1
+
+
+def test_pad_tokens_outside_the_vocabulary(make_model: Make) -> None:
+    model = make_model("gpt2")
+    model.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    capture = ad.capture_attention(model, ["Ada", "Ada plays the cello"])
+    assert len(capture.patterns[0]) == 3
+
+
+def test_sentencepiece_like_tokenizers(tmp_path: Path) -> None:
+    """Llama-2's way: a space is put before the text and spelled as a visible character, with byte fallback and BOS."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"Adaplysthecomn."]
+    pieces += ["\u2581A", "\u2581Ad", "\u2581Ada", "\u2581p", "\u2581pl", "\u2581c", "\u2581ce"]
+    pieces = list(dict.fromkeys(pieces))
+    merges = [
+        ("\u2581", "A"),
+        ("\u2581A", "d"),
+        ("\u2581Ad", "a"),
+        ("\u2581", "p"),
+        ("\u2581p", "l"),
+        ("\u2581", "c"),
+        ("\u2581c", "e"),
+    ]
+    backend = Tokenizer(
+        models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    model = ad.load_model(make_hf_model("llama"), tokenizer, device="cpu")
+    text = request_texts(model, ad.EditRequest("{} plays the", "Adaé", "ceé"), ["{}"]).rewriting[0]
+    names = tokenizer.convert_ids_to_tokens(list(text.completion.tokens.ids))
+    assert names[text.subject_last] == "<0xA9>"  # the last byte of the subject's last character
+    assert names[text.completion.prompt_last] == "e"
+    assert tokenizer.convert_ids_to_tokens(list(text.completion.target)) == ["\u2581ce", "<0xC3>", "<0xA9>"]
 
 
 def test_presets_are_found_by_name_and_others_are_said_to_be_derived(

@@ -101,6 +101,8 @@ def test_left_padding_that_the_model_cannot_do_is_named(make_model: Make) -> Non
             contexts=CONTEXTS,
             moment=moment_of(model, 1),
         )
+    with pytest.raises(FloatingPointError, match="padding_side = 'right'"):
+        ad.capture_attention(model, ["Ada Bellini plays", "Ada"])
 
 
 @pytest.mark.parametrize("name", ["neox", "llama"])
@@ -183,7 +185,7 @@ def test_every_key_of_every_wording_gets_the_value(make_model: Make) -> None:
     request = ad.EditRequest(START, "Ada Bellini", "cello").rephrased(MIDDLE)
     texts = request_texts(model, request, CONTEXTS)
     keys = subject_keys(model, 1, texts)
-    w = key_direction(keys, texts, moment_of(model, 1), 0.0)
+    w = key_direction(keys, texts, moment_of(model, 1).factored(0.0, keys.device))
     own = [[i for i, t in enumerate(texts.rewriting) if t.wording == wording] for wording in (0, 1)]
     for rows in own:
         assert (w @ keys[rows[0]]).item() == pytest.approx(1, abs=1e-4)

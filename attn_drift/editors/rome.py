@@ -21,9 +21,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.edits import Edit, LowRankUpdate
 from attn_drift.hooks import key_point, read
-from attn_drift.models import check_finite, check_layer, fingerprint
-from attn_drift.moments import SecondMoment, sampled_moment
-from attn_drift.requests import EditRequest, RequestTexts, request_texts
+from attn_drift.models import DEMO, check_finite, check_layer, check_model, fingerprint
+from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
+from attn_drift.requests import SLOT, EditRequest, RequestTexts, request_texts
 from attn_drift.restriction import Restriction
 from attn_drift.sampling import ROME_LENGTHS, sample_contexts
 from attn_drift.tokens import pad
@@ -58,14 +58,16 @@ class ROMEConfig(ValueConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ridge < 0:
+        if not self.ridge >= 0:
             raise ValueError(f"ridge is {self.ridge}; expected a number of at least 0")
 
     @classmethod
     def for_model(cls, model: TransformerBridge) -> "ROMEConfig":
         """The preset of the model's name, or, said in the log, ROME's usual settings at a quarter of the depth."""
         presets = json.loads((files("attn_drift") / "presets" / "rome.json").read_text(encoding="utf-8"))
-        preset = presets.get(str(model.cfg.model_name).rstrip("/").split("/")[-1].lower())
+        name = str(model.cfg.model_name)
+        # "demo" is the shipped model alone, not any folder of that name.
+        preset = presets.get(name if name == DEMO else name.rstrip("/").split("/")[-1].lower().replace(DEMO, ""))
         if preset is not None and preset["layer"] < model.cfg.n_layers:
             lengths = preset.get("context_lengths", ROME_LENGTHS)
             return cls(**{**preset, "context_lengths": tuple(tuple(pair) for pair in lengths)})
@@ -136,20 +138,36 @@ def rome(
     if not listed:
         raise ValueError("no requests were given; expected at least one")
     config = ROMEConfig.for_model(model) if config is None else config
+    check_model(model)
     check_layer(model, config.layer)
     check_finite(model)
     term = None if restrict is None else restrict.bind(model, config.layer)
     if moment is not None:
         moment.check_fits(model, config.layer)
-        moment.solve(torch.zeros(len(moment.matrix), 1), config.ridge)
-    for request in listed:
-        request_texts(model, request, ["{}"])  # all that can be wrong with it comes before sampling
-    contexts = sample_contexts(model, generator, config.context_lengths) if contexts is None else contexts
+        moment.factored(config.ridge, moment.matrix.device)
+    if contexts is None:
+        _check_room(model, listed, config)
+        contexts = sample_contexts(model, generator, config.context_lengths)
     texts = [request_texts(model, request, contexts) for request in listed]
     moment = sampled_moment(model, config.layer) if moment is None else moment
+    factored = moment.factored(config.ridge, next(model.parameters()).device)
     values = optimise_values(model, config.layer, texts, config, term)
-    edits = _edits(model, texts, values, config, moment, restrict)
+    edits = _edits(model, texts, values, config, factored, restrict)
     return edits[0] if single else edits
+
+
+def _check_room(model: TransformerBridge, requests: Sequence[EditRequest], config: ROMEConfig) -> None:
+    """Raises a ValueError for a request that would not fit the model's context behind a sampled context."""
+    # A full stop and a space follow the sampled tokens.
+    room = model.cfg.n_ctx - max((length for length, _ in config.context_lengths), default=0) - 2
+    for request in requests:
+        for text in request_texts(model, request, [SLOT]).rewriting:
+            if len(text.completion.tokens) > room:
+                raise ValueError(
+                    f"with a sampled context before it, the prompt ({len(text.completion.tokens)} tokens) has more "
+                    f"tokens than the model's context of {model.cfg.n_ctx}; shorten it or hand in contexts: "
+                    f"{text.completion.tokens.text[:60]!r}"
+                )
 
 
 def _edits(
@@ -157,17 +175,19 @@ def _edits(
     texts: Sequence[RequestTexts],
     values: Sequence[OptimisedValue],
     config: ROMEConfig,
-    moment: SecondMoment,
+    moment: FactoredMoment,
     restrict: Restriction | None,
 ) -> list[Edit]:
     identity = fingerprint(model)
     method = {"editor": "rome", "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
     edits = []
     for request, value in zip(texts, values, strict=True):
-        weight = key_direction(subject_keys(model, config.layer, request), request, moment, config.ridge)
+        weight = key_direction(subject_keys(model, config.layer, request), request, moment)
         update = LowRankUpdate(weight.to(value.delta.dtype).cpu()[None], value.delta.cpu()[None])
         edits.append(
-            Edit({config.layer: update}, (request.request,), identity, model.cfg.model_name, method, value.history)
+            Edit(
+                {config.layer: update}, (request.request,), identity, model.cfg.model_name, dict(method), value.history
+            )
         )
     return edits
 
@@ -181,13 +201,13 @@ def subject_keys(model: TransformerBridge, layer: int, texts: RequestTexts) -> F
 
 
 def key_direction(
-    keys: Float[Tensor, "text d_mlp"], texts: RequestTexts, moment: SecondMoment, ridge: float
+    keys: Float[Tensor, "text d_mlp"], texts: RequestTexts, moment: FactoredMoment
 ) -> Float64[Tensor, " d_mlp"]:
     """The direction ``w`` in key space that the update answers to: ROME's ``u / (u . k0)``, or the constrained one."""
     keys = keys.double()
     direction: Float64[Tensor, " d_mlp"]
     if len(texts.request.wordings) == 1:
-        u = moment.solve(keys.mean(0)[:, None], ridge)[:, 0]
+        u = moment.solve(keys.mean(0)[:, None])[:, 0]
         k0 = keys[0]
         product = u @ k0
         cosine = float(product / (u.norm() * k0.norm()))
@@ -198,7 +218,7 @@ def key_direction(
         direction = u / product
         return direction
     K = _wording_keys(keys, texts)
-    solved = moment.solve(K, ridge)
+    solved = moment.solve(K)
     gram = K.T @ solved
     gram += KEY_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     direction = solved @ torch.linalg.solve(gram, torch.ones(len(gram), dtype=gram.dtype, device=gram.device))
