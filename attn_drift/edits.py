@@ -232,10 +232,7 @@ class Edit:
         try:
             content = json.loads(record)
             layers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("layers.")})
-            updates = {
-                layer: LowRankUpdate(tensors[f"layers.{layer}.keys"], tensors[f"layers.{layer}.values"])
-                for layer in layers
-            }
+            updates = {layer: _read_update(layer, tensors) for layer in layers}
             requests = tuple(
                 EditRequest(**{**request, "rephrasings": tuple(request["rephrasings"])})
                 for request in content["requests"]
@@ -252,14 +249,18 @@ class Edit:
             raise ValueError(f"{path} is a damaged edit: {type(error).__name__}: {error}") from error
         if not updates:
             raise ValueError(f"{path} is a damaged edit: it has no layers")
-        for layer, update in updates.items():
-            if update.keys.ndim != 2 or update.values.ndim != 2 or len(update.keys) != len(update.values):
-                raise ValueError(f"{path} is a damaged edit: keys and values of layer {layer} do not match")
-            if not (update.keys.is_floating_point() and update.values.is_floating_point()):
-                raise ValueError(f"{path} is a damaged edit: its update of layer {layer} is not of floats")
-            if not (torch.isfinite(update.keys).all() and torch.isfinite(update.values).all()):
-                raise ValueError(f"{path} is a damaged edit: its update of layer {layer} is not finite")
         return edit
+
+
+def _read_update(layer: int, tensors: Mapping[str, Tensor]) -> LowRankUpdate:
+    keys, values = tensors[f"layers.{layer}.keys"], tensors[f"layers.{layer}.values"]
+    if keys.ndim != 2 or values.ndim != 2 or len(keys) != len(values):
+        raise ValueError(f"keys and values of layer {layer} do not match")
+    if not (keys.is_floating_point() and values.is_floating_point()):
+        raise ValueError(f"the update of layer {layer} is not of floats")
+    if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
+        raise ValueError(f"the update of layer {layer} is not finite")
+    return LowRankUpdate(keys, values)
 
 
 @dataclass

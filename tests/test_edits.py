@@ -230,11 +230,11 @@ def test_bad_files_are_refused(make_model: Make, tmp_path: Path) -> None:
     ad.Edit({1: broken}, edit.requests, edit.fingerprint, "x").save(path)
     with pytest.raises(ValueError, match="not finite"):
         ad.Edit.load(path, model)
-    whole = ad.LowRankUpdate(torch.ones(1, 128, dtype=torch.int64), torch.ones(1, 32, dtype=torch.int64))
     record = {"requests": [], "fingerprint": edit.fingerprint, "model_name": "x", "method": {}}
-    tensors = {"layers.1.keys": whole.keys, "layers.1.values": whole.values}
+    tensors = {"layers.1.keys": torch.ones(1, 128), "layers.1.values": torch.ones(1, 32)}
+    counts = {name: tensor.long() for name, tensor in tensors.items()}
     for content, changed, message in [
-        (tensors, {}, "not of floats"),
+        (counts, {}, "not of floats"),
         ({}, {}, "has no layers"),
         ({"layers.1.keys": torch.ones(2, 128), "layers.1.values": torch.ones(1, 32)}, {}, "do not match"),
         ({"layers.1.keys": torch.ones(1, 128)}, {}, "KeyError"),
