@@ -12,7 +12,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n auto --dist loadgroup
 	PLOTLY_RENDERER=json $(BIN)/pytest --nbmake --nbmake-timeout=300 -p no:cacheprovider examples
 
 train-demo: .venv/installed

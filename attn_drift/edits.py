@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -20,37 +19,11 @@ from attn_drift.history import EditHistory
 from attn_drift.hooks import attached, updating
 from attn_drift.models import check_layer, down_projection, fingerprint
 from attn_drift.requests import EditRequest
+from attn_drift.weights import LowRankUpdate, WrittenLayer, WrittenModel, identities, written
 
 log = logging.getLogger(__name__)
 
 FORMAT = "attn_drift.edit.1"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LowRankUpdate:
-    """A change of one down-projection: its output gains ``(k @ keys.T) @ values``.
-
-    Attributes:
-        keys: directions in key space.
-        values: what each adds to the MLP's output.
-    """
-
-    keys: Float[Tensor, "rank d_mlp"]
-    values: Float[Tensor, "rank d_model"]
-
-    @property
-    def rank(self) -> int:
-        return len(self.keys)
-
-    def __repr__(self) -> str:
-        return f"LowRankUpdate(rank {self.rank}, {self.keys.shape[1]} -> {self.values.shape[1]})"
-
-    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """The change of the weight ``W``, where ``v = k @ W``."""
-        return self.keys.T @ self.values
-
-    def __add__(self, other: "LowRankUpdate") -> "LowRankUpdate":
-        return LowRankUpdate(torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,15 +85,18 @@ class Edit:
 
         Raises:
             ValueError: the edit does not fit the model, or is already written in it.
+            RuntimeError: something else changed a weight since another edit was written into it.
         """
         self.check_fits(model)
         self._check_not_written(model)
         self._warn_of_another_model(model)
-        record = _records.setdefault(model, _Record(fingerprint(model)))
+        record = written.setdefault(model, WrittenModel(fingerprint(model)))
+        for layer in self.updates.keys() & record.layers.keys():
+            record.layers[layer].check_untouched(model, layer)
         for layer in self.updates:
             if layer not in record.layers:
-                record.layers[layer] = _Written(down_projection(model, layer).detach().clone())
-            record.layers[layer].add(model, layer, self)
+                record.layers[layer] = WrittenLayer(down_projection(model, layer).detach().clone())
+            record.layers[layer].add(model, layer, self, self.updates[layer])
 
     def remove_from(self, model: TransformerBridge) -> None:
         """Takes a written edit out of the weights; others stay, in whatever order they were written.
@@ -131,7 +107,7 @@ class Edit:
             ValueError: the edit is not written in this model.
             RuntimeError: something else changed the weight since, so that restoring would lose that change.
         """
-        layers = _records[model].layers if model in _records else {}
+        layers = written[model].layers if model in written else {}
         if not all(layer in layers and self in layers[layer].updates for layer in self.updates):
             raise ValueError(
                 "this edit is not written in this model: write_to was not called with it, it was removed before, or "
@@ -144,14 +120,14 @@ class Edit:
             if not layers[layer].updates:
                 del layers[layer]
         if not layers:
-            del _records[model]
+            del written[model]
 
     def _check_not_written(self, model: TransformerBridge) -> None:
-        if model in _records and any(self in written.updates for written in _records[model].layers.values()):
+        if model in written and any(self in layer.updates for layer in written[model].layers.values()):
             raise ValueError("this edit is already written in the model; remove_from(model) takes it out")
 
     def _warn_of_another_model(self, model: TransformerBridge) -> None:
-        if self.fingerprint not in _identities(model):
+        if self.fingerprint not in identities(model):
             log.warning(
                 "%r was made for other weights (%s) than those of %s (%s)",
                 self,
@@ -218,7 +194,7 @@ class Edit:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no edit: its format is {metadata.get('format')!r}, expected {FORMAT!r}")
         edit = cls._from_tensors(path, tensors, metadata.get("record", ""))
-        if edit.fingerprint not in _identities(model):
+        if edit.fingerprint not in identities(model):
             raise ValueError(
                 f"{path} was made for {edit.model_name} with the weights {edit.fingerprint[:8]}, but the weights of "
                 f"{model.cfg.model_name} are {fingerprint(model)[:8]}; load it into the model that it was made for, "
@@ -261,65 +237,6 @@ def _read_update(layer: int, tensors: Mapping[str, Tensor]) -> LowRankUpdate:
     if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
         raise ValueError(f"the update of layer {layer} is not finite")
     return LowRankUpdate(keys, values)
-
-
-@dataclass
-class _Written:
-    """The weight of one layer as it was, and the updates written into it since, in order and safe from changes."""
-
-    original: Float[Tensor, "d_mlp d_model"]
-    updates: dict[Edit, LowRankUpdate] = field(default_factory=dict)
-
-    def add(self, model: TransformerBridge, layer: int, edit: Edit) -> None:
-        update = edit.updates[layer]
-        self.updates[edit] = LowRankUpdate(update.keys.clone(), update.values.clone())
-        self._write(model, layer)
-
-    def remove(self, model: TransformerBridge, layer: int, edit: Edit) -> None:
-        del self.updates[edit]
-        self._write(model, layer)
-
-    def check_untouched(self, model: TransformerBridge, layer: int) -> None:
-        weight = down_projection(model, layer)
-        if weight.dtype != self.original.dtype:
-            raise RuntimeError(
-                f"the model was cast from {self.original.dtype} to {weight.dtype} since the edit was written; cast it "
-                "back before removing the edit"
-            )
-        if not torch.equal(weight, self._expected(weight.device)):
-            raise RuntimeError(
-                f"the down-projection of layer {layer} was changed by something else since the edit was written; "
-                "removing the edit would lose that change, so nothing was done"
-            )
-
-    def _expected(self, device: torch.device) -> Float[Tensor, "d_mlp d_model"]:
-        weight = self.original.to(device)
-        for update in self.updates.values():
-            delta = update.delta().to(device)
-            dtype = torch.promote_types(weight.dtype, delta.dtype)
-            weight = (weight.to(dtype) + delta).to(weight.dtype)
-        return weight
-
-    def _write(self, model: TransformerBridge, layer: int) -> None:
-        weight = down_projection(model, layer)
-        with torch.no_grad():
-            weight.copy_(self._expected(weight.device))
-
-
-@dataclass
-class _Record:
-    """What was written into a model: its fingerprint before, and per layer the updates."""
-
-    fingerprint: str
-    layers: dict[int, _Written] = field(default_factory=dict)
-
-
-_records: WeakKeyDictionary[TransformerBridge, _Record] = WeakKeyDictionary()
-
-
-def _identities(model: TransformerBridge) -> set[str]:
-    """Fingerprints of the model: as it is, and as it was before edits were written into it."""
-    return {fingerprint(model)} | ({_records[model].fingerprint} if model in _records else set())
 
 
 @contextmanager

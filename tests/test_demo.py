@@ -20,17 +20,51 @@ from attn_drift.models import demo_folder
 
 
 @pytest.fixture(scope="module")
-def shown(_demo: TransformerBridge) -> Demonstration:
-    return demonstrate(_demo, n=6, seed=0)
+def demonstrations() -> dict[int, Demonstration]:
+    return {}
 
 
-def test_demonstration_shows_the_failure_and_the_remedy(shown: Demonstration) -> None:
+def demonstration(made: dict[int, Demonstration], model: TransformerBridge, seed: int) -> Demonstration:
+    """The demonstration with 24 edits, made once per seed and process."""
+    if seed not in made:
+        made[seed] = demonstrate(model, seed=seed)
+    return made[seed]
+
+
+@pytest.fixture
+def shown(demonstrations: dict[int, Demonstration], demo: TransformerBridge) -> Demonstration:
+    return demonstration(demonstrations, demo, 0)
+
+
+pytestmark = pytest.mark.xdist_group("demo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seed",
+    [0, pytest.param(1, marks=pytest.mark.xdist_group("1")), pytest.param(2, marks=pytest.mark.xdist_group("2"))],
+)
+def test_the_failure_and_the_remedy(
+    demonstrations: dict[int, Demonstration], demo: TransformerBridge, seed: int
+) -> None:
+    """What the demonstration is for, at one gamma, on 24 edits."""
+    shown = demonstration(demonstrations, demo, seed)
     table = shown.table()
-    assert list(table.index) == [NONE, ROME, RESTRICTED, REPHRASED]
-    assert table.loc[ROME, "ES"] == 100 and table.loc[NONE, "DNS"] >= 97
-    assert table.loc[ROME, "DNS"] < table.loc[NONE, "DNS"] - 20
-    assert table.loc[RESTRICTED, "DNS"] > (table.loc[ROME, "DNS"] + table.loc[NONE, "DNS"]) / 2
-    assert table.loc[NONE, "max head"] < table.loc[RESTRICTED, "max head"] < table.loc[ROME, "max head"]
+    none, rome, held, rephrased = (table.loc[name] for name in (NONE, ROME, RESTRICTED, REPHRASED))
+    assert none[["NS", "DNS", "RS"]].min() >= 97
+    assert rome["ES"] >= 98 and rome["PS"] >= 85
+    lost = none["DNS"] - rome["DNS"]
+    rise = rome["max head"] - none["max head"]
+    assert lost >= 35 and rise >= 0.25
+    assert held["ES"] >= 97 and held["DNS"] - rome["DNS"] >= lost / 2
+    assert held["RS"] >= rome["RS"] and held["NS"] >= rome["NS"] and held["PS"] >= rome["PS"] - 30
+    assert held["max head"] - none["max head"] <= 0.6 * rise
+    assert rephrased["ES"] >= 97 and rephrased["DNS"] - rome["DNS"] >= 0.8 * lost
+    assert rephrased["PS"] >= rome["PS"] - 12
+
+
+def test_arms(shown: Demonstration) -> None:
+    assert list(shown.table().index) == [NONE, ROME, RESTRICTED, REPHRASED]
     assert [arm.steps for arm in shown.arms.values()] == [0, 60, 60, 60]
 
 
@@ -52,7 +86,7 @@ def test_results_file(shown: Demonstration) -> None:
     assert [row["editor"] for row in results["rows"]] == list(results["drift"])
     for row in results["rows"]:
         for name in ("ES", "PS", "NS", "DNS", "RS", "RS_argmax", "DNS_argmax"):
-            assert set(row[name]) == {"mean", "low", "high", "n"} and row[name]["n"] == 6
+            assert set(row[name]) == {"mean", "low", "high", "n"} and row[name]["n"] == 24
             assert 0 <= row[name]["low"] <= row[name]["mean"] <= row[name]["high"] <= 1
 
 
@@ -85,7 +119,7 @@ def test_report_is_one_offline_page(shown: Demonstration, tmp_path: Path) -> Non
     assert links.headings[0] == "A <title>" and len(links.headings) == 7
     assert len(re.findall(r"Plotly\.newPlot\(", page)) == 4
     assert 4e6 < len(page) < 12e6, "plotly.js is in it once"
-    assert shown.cases[0].request.question in page
+    assert any(case.request.question in page for case in shown.cases)
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
 
 

@@ -148,6 +148,8 @@ def test_foreign_changes_are_not_lost(make_model: Make) -> None:
     changed = state(model)
     with pytest.raises(RuntimeError, match="changed by something else"):
         edit.remove_from(model)
+    with pytest.raises(RuntimeError, match="changed by something else"):
+        random_edit(model, 1).write_to(model)
     assert same_state(model, changed)
 
 

@@ -16,6 +16,7 @@ ORDER = [
     "requests",
     "datasets",
     "hooks",
+    "weights",
     "edits",
     "attention",
     "restriction",

@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.edits import Edit, LowRankUpdate
+from attn_drift.edits import Edit
 from attn_drift.hooks import key_point, read
 from attn_drift.models import DEMO, check_finite, check_layer, check_model, fingerprint
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
@@ -28,6 +28,7 @@ from attn_drift.restriction import Restriction
 from attn_drift.sampling import ROME_LENGTHS, sample_contexts
 from attn_drift.tokens import pad
 from attn_drift.values import OptimisedValue, ValueConfig, optimise_values
+from attn_drift.weights import LowRankUpdate
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,96 @@
+"""Low-rank updates of down-projections, written into weights and taken out again, bit for bit."""
+
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.models import down_projection, fingerprint
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRankUpdate:
+    """A change of one down-projection: its output gains ``(k @ keys.T) @ values``.
+
+    Attributes:
+        keys: directions in key space.
+        values: what each adds to the MLP's output.
+    """
+
+    keys: Float[Tensor, "rank d_mlp"]
+    values: Float[Tensor, "rank d_model"]
+
+    @property
+    def rank(self) -> int:
+        return len(self.keys)
+
+    def __repr__(self) -> str:
+        return f"LowRankUpdate(rank {self.rank}, {self.keys.shape[1]} -> {self.values.shape[1]})"
+
+    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The change of the weight ``W``, where ``v = k @ W``."""
+        return self.keys.T @ self.values
+
+    def __add__(self, other: "LowRankUpdate") -> "LowRankUpdate":
+        return LowRankUpdate(torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values]))
+
+
+@dataclass
+class WrittenLayer:
+    """The weight of one layer as it was, and the updates written into it since, in order and safe from changes."""
+
+    original: Float[Tensor, "d_mlp d_model"]
+    updates: dict[object, LowRankUpdate] = field(default_factory=dict)
+
+    def add(self, model: TransformerBridge, layer: int, edit: object, update: LowRankUpdate) -> None:
+        self.updates[edit] = LowRankUpdate(update.keys.clone(), update.values.clone())
+        self._write(model, layer)
+
+    def remove(self, model: TransformerBridge, layer: int, edit: object) -> None:
+        del self.updates[edit]
+        self._write(model, layer)
+
+    def check_untouched(self, model: TransformerBridge, layer: int) -> None:
+        weight = down_projection(model, layer)
+        if weight.dtype != self.original.dtype:
+            raise RuntimeError(
+                f"the model was cast from {self.original.dtype} to {weight.dtype} since the edit was written; cast it "
+                "back before removing the edit"
+            )
+        if not torch.equal(weight, self._expected(weight.device)):
+            raise RuntimeError(
+                f"the down-projection of layer {layer} was changed by something else since the edit was written; "
+                "to go on would lose that change, so nothing was done"
+            )
+
+    def _expected(self, device: torch.device) -> Float[Tensor, "d_mlp d_model"]:
+        weight = self.original.to(device)
+        for update in self.updates.values():
+            delta = update.delta().to(device)
+            dtype = torch.promote_types(weight.dtype, delta.dtype)
+            weight = (weight.to(dtype) + delta).to(weight.dtype)
+        return weight
+
+    def _write(self, model: TransformerBridge, layer: int) -> None:
+        weight = down_projection(model, layer)
+        with torch.no_grad():
+            weight.copy_(self._expected(weight.device))
+
+
+@dataclass
+class WrittenModel:
+    """What was written into a model: its fingerprint before, and per layer the updates."""
+
+    fingerprint: str
+    layers: dict[int, WrittenLayer] = field(default_factory=dict)
+
+
+written: WeakKeyDictionary[TransformerBridge, WrittenModel] = WeakKeyDictionary()
+
+
+def identities(model: TransformerBridge) -> set[str]:
+    """Fingerprints of the model: as it is, and as it was before edits were written into it."""
+    return {fingerprint(model)} | ({written[model].fingerprint} if model in written else set())
