@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -53,8 +52,9 @@ def demo(
     write_report(out / "report.html", "Attention drift on the demo model", demo_sections(shown))
     console.print(_table(shown.table().reset_index(), f"{edits} edits, seed {seed}, {shown.seconds:.0f} s"))
     console.print(
-        "Scores in percent. ES: the edit. PS: its paraphrases. NS: other people. DNS: other people, after the edited\n"
-        "sentence. RS: the same person, other questions. argmax: first choices. max head: attention to the subject."
+        "Scores in percent. ES: the edit. PS: its paraphrases. NS: other people.\n"
+        "DNS: other people, after the edited sentence. RS: the same person, other\n"
+        "questions. argmax: first choices. max head: attention to the subject."
     )
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
@@ -72,7 +72,7 @@ def train_demo(
 
 
 def _table(frame: "pd.DataFrame", title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for i, column in enumerate(frame.columns):
         table.add_column(str(column).replace(" ", "\n"), justify="left" if i == 0 else "right", no_wrap=True)
     for row in frame.itertuples(index=False):

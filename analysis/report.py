@@ -79,7 +79,7 @@ def demo_sections(shown: Demonstration) -> list[Section]:
     request = shown.cases[fact].request
     edited = [name for name in shown.arms if name != NONE]
     return [
-        Section("What an edit breaks, and what SADR saves", _summary(shown), shown.table().reset_index()),
+        Section("What an edit breaks, and what SADR saves", _summary(shown), _with_intervals(shown)),
         Section(
             "One fact, up close",
             [
@@ -146,9 +146,22 @@ def _summary(shown: Demonstration) -> list[str]:
         f"{edited['DNS']:.0f}, while the attention of the last token to the edited subject (max head) rises from "
         f"{before['max head']:.2f} to {edited['max head']:.2f}. SADR holds it at {held['max head']:.2f} and keeps "
         f"{saved:.0%} of what was lost on DNS.",
-        "ES: the edit itself. PS: wordings that no edit used. NS: other people, same question. DNS: the same after the "
+        "Brackets: 95 % intervals from a bootstrap over facts. ES: the edit itself. PS: wordings that no edit used. NS: other people, same question. DNS: the same after the "
         "edited sentence. RS: other questions about the edited person.",
     ]
+
+
+def _with_intervals(shown: Demonstration) -> pd.DataFrame:
+    """The table with an interval behind every mean."""
+    table = shown.table().reset_index()
+    for row in shown.to_json()["rows"]:
+        for name, cell in row.items():
+            if isinstance(cell, dict):
+                text = f"{100 * cell['mean']:.1f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+                column = name.replace("_", " ")
+                table[column] = table[column].astype(object)
+                table.loc[table["editor"] == row["editor"], column] = text
+    return table
 
 
 def _distracted(shown: Demonstration, fact: int) -> pd.DataFrame:
