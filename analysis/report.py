@@ -146,8 +146,9 @@ def _summary(shown: Demonstration) -> list[str]:
         f"{edited['DNS']:.0f}, while the attention of the last token to the edited subject (max head) rises from "
         f"{before['max head']:.2f} to {edited['max head']:.2f}. SADR holds it at {held['max head']:.2f} and keeps "
         f"{saved:.0%} of what was lost on DNS.",
-        "Brackets: 95 % intervals from a bootstrap over facts. ES: the edit itself. PS: wordings that no edit used. NS: other people, same question. DNS: the same after the "
-        "edited sentence. RS: other questions about the edited person.",
+        "Brackets: 95 % intervals from a bootstrap over facts. ES: the edit itself. PS: wordings that no edit used. "
+        "NS: other people, same question. DNS: the same after the edited sentence. RS: other questions about the "
+        "edited person.",
     ]
 
 

@@ -155,6 +155,12 @@ def mlp_width(model: TransformerBridge, layer: int) -> int:
     return int(down_projection(model, layer).shape[0])
 
 
+def float64_device(model: TransformerBridge) -> torch.device:
+    """Where to solve in float64: the model's device, or the CPU where that is MPS, which has no float64."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def fingerprint(model: TransformerBridge) -> str:
     """A hash of the configuration and the weights: names, shapes, dtypes, and some 4,096 evenly spaced entries of each.
 

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.files import cache_path, replacing
 from attn_drift.hooks import is_hooked, key_point, read
-from attn_drift.models import check_layer, check_model, fingerprint, mlp_width, origin
+from attn_drift.models import check_layer, check_model, fingerprint, float64_device, mlp_width, origin
 from attn_drift.sampling import sample_documents
 from attn_drift.tokens import Tokens, encode_windows, pad
 
@@ -146,12 +146,12 @@ def second_moment(model: TransformerBridge, layer: int, texts: str | Iterable[st
     check_model(model)
     check_layer(model, layer)
     width = mlp_width(model, layer)
-    total = torch.zeros(width, width, dtype=torch.float64, device=next(model.parameters()).device)
+    total = torch.zeros(width, width, dtype=torch.float64, device=float64_device(model))
     n_tokens = 0
     for batch in _batches(model, [texts] if isinstance(texts, str) else texts):
         tokens = pad(model, batch)
         point = key_point(layer)
-        keys = read(model, tokens, [point], stop_at_layer=layer + 1)[point][tokens.mask].double()
+        keys = read(model, tokens, [point], stop_at_layer=layer + 1)[point][tokens.mask].to(total.device).double()
         total += keys.T @ keys
         n_tokens += len(keys)
     if not n_tokens:

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.edits import Edit
 from attn_drift.hooks import key_point, read
-from attn_drift.models import DEMO, check_finite, check_layer, check_model, fingerprint
+from attn_drift.models import DEMO, check_finite, check_layer, check_model, fingerprint, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
 from attn_drift.requests import SLOT, EditRequest, RequestTexts, request_texts
 from attn_drift.restriction import Restriction
@@ -143,15 +143,16 @@ def rome(
     check_layer(model, config.layer)
     check_finite(model)
     term = None if restrict is None else restrict.bind(model, config.layer)
+    factored = None
     if moment is not None:
         moment.check_fits(model, config.layer)
-        moment.factored(config.ridge, moment.matrix.device)
+        factored = moment.factored(config.ridge, float64_device(model))
     if contexts is None:
         _check_room(model, listed, config)
         contexts = sample_contexts(model, generator, config.context_lengths)
     texts = [request_texts(model, request, contexts) for request in listed]
-    moment = sampled_moment(model, config.layer) if moment is None else moment
-    factored = moment.factored(config.ridge, next(model.parameters()).device)
+    if factored is None:
+        factored = sampled_moment(model, config.layer).factored(config.ridge, float64_device(model))
     values = optimise_values(model, config.layer, texts, config, term)
     edits = _edits(model, texts, values, config, factored, restrict)
     return edits[0] if single else edits
@@ -205,7 +206,7 @@ def key_direction(
     keys: Float[Tensor, "text d_mlp"], texts: RequestTexts, moment: FactoredMoment
 ) -> Float64[Tensor, " d_mlp"]:
     """The direction ``w`` in key space that the update answers to: ROME's ``u / (u . k0)``, or the constrained one."""
-    keys = keys.double()
+    keys = keys.to(moment.factor)
     direction: Float64[Tensor, " d_mlp"]
     if len(texts.request.wordings) == 1:
         u = moment.solve(keys.mean(0)[:, None])[:, 0]
