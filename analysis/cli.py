@@ -31,7 +31,7 @@ def _setup() -> None:
 @app.command()
 def demo(
     edits: Annotated[int, typer.Option(help="Number of facts to edit.")] = 24,
-    gamma: Annotated[float | None, typer.Option(help="Weight of SADR; 0.1 suits the demo model.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Weight of SADR.", show_default="0.1")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the facts and the contexts.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("demo-out"),
 ) -> None:

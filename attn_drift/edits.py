@@ -37,6 +37,7 @@ class Edit:
         model_name: of that model, for messages.
         method: the editor and its settings, for the record.
         history: of the optimisation; None for sums.
+        parts: the edits that a sum was made of, so that none of them counts twice.
     """
 
     updates: Mapping[int, LowRankUpdate]
@@ -45,6 +46,7 @@ class Edit:
     model_name: str
     method: Mapping[str, object] = field(default_factory=dict)
     history: EditHistory | None = None
+    parts: tuple["Edit", ...] = ()
 
     def __repr__(self) -> str:
         facts = ", ".join(f"{request.question!r} -> {request.target_new!r}" for request in self.requests[:3])
@@ -74,7 +76,7 @@ class Edit:
             ValueError: the edit does not fit the model, or is written in its weights, so that it would count twice.
         """
         self.check_fits(model)
-        self._check_not_written(model)
+        self.check_not_written(model)
         self._warn_of_another_model(model)
         hooks = [hook for layer, update in self.updates.items() for hook in updating(layer, update.keys, update.values)]
         with attached(model, hooks):
@@ -88,9 +90,10 @@ class Edit:
             RuntimeError: something else changed a weight since another edit was written into it.
         """
         self.check_fits(model)
-        self._check_not_written(model)
+        self.check_not_written(model)
         self._warn_of_another_model(model)
-        record = written.setdefault(model, WrittenModel(fingerprint(model)))
+        record = written.setdefault(model, WrittenModel())
+        record.fingerprints.add(fingerprint(model))
         for layer in self.updates.keys() & record.layers.keys():
             record.layers[layer].check_untouched(model, layer)
         for layer in self.updates:
@@ -122,8 +125,16 @@ class Edit:
         if not layers:
             del written[model]
 
-    def _check_not_written(self, model: TransformerBridge) -> None:
-        if model in written and any(self in layer.updates for layer in written[model].layers.values()):
+    def leaves(self) -> set["Edit"]:
+        """The edits that this one is made of: itself, or the leaves of its parts."""
+        return set().union(*(part.leaves() for part in self.parts)) if self.parts else {self}
+
+    def check_not_written(self, model: TransformerBridge) -> None:
+        """Raises a ValueError when the edit, or one that it shares a part with, is written in the model's weights."""
+        there = (
+            {edit for layer in written[model].layers.values() for edit in layer.updates} if model in written else set()
+        )
+        if any(leaf in edit.leaves() for edit in there for leaf in self.leaves()):
             raise ValueError("this edit is already written in the model; remove_from(model) takes it out")
 
     def _warn_of_another_model(self, model: TransformerBridge) -> None:
@@ -157,6 +168,7 @@ class Edit:
             fingerprint=self.fingerprint,
             model_name=self.model_name,
             method={"editor": "sum", "of": [dict(self.method), dict(other.method)]},
+            parts=(self, other),
         )
 
     def save(self, path: str | Path) -> None:
@@ -246,11 +258,11 @@ def applied_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> I
     Every batch run in the block must have as many texts as there are edits.
 
     Raises:
-        ValueError: an edit does not fit the model.
+        ValueError: an edit does not fit the model, or is written in its weights, so that it would count twice.
     """
-    for edit in edits:
-        if edit is not None:
-            edit.check_fits(model)
+    for edit in {edit for edit in edits if edit is not None}:
+        edit.check_fits(model)
+        edit.check_not_written(model)
     layers = sorted({layer for edit in edits if edit is not None for layer in edit.updates})
     with ExitStack() as stack:
         for layer in layers:

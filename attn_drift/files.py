@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -24,6 +27,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """A block that writes to the cache: where that fails, what was computed is not lost, and the log says so."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("the cache cannot be written (%s); ATTN_DRIFT_CACHE names another folder for it", error)
 
 
 def cache_path(kind: str, suffix: str, key: Mapping[str, object]) -> Path:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -12,12 +13,24 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from attn_drift.tokens import has_own_convention, own_tokenizer
+from attn_drift.hooks import key_point, pattern_point, value_point
+from attn_drift.tokens import mark_as_published, own_tokenizer
 
 DEMO = "demo"
 
 # Of a model's configuration, what does not change what it computes.
-INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "_attn_implementation"}
+INCIDENTAL = {
+    "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def demo_folder() -> Path:
@@ -99,7 +112,7 @@ def _boot(
         name, hf_model=hf_model, tokenizer=tokenizer, device=None if device is None else str(device), dtype=dtype
     )
     model.tokenizer.init_kwargs = init_kwargs
-    has_own_convention(model.tokenizer)
+    mark_as_published(model.tokenizer)
     return model.eval()
 
 
@@ -119,10 +132,10 @@ def check_model(model: TransformerBridge) -> None:
         )
     points = model.hook_dict
     for layer in range(model.cfg.n_layers):
-        for part in ("mlp.out.hook_in", "mlp.out.hook_out", "attn.hook_pattern"):
-            if f"blocks.{layer}.{part}" not in points:
+        for point in (key_point(layer), value_point(layer), pattern_point(layer)):
+            if point not in points:
                 raise ValueError(
-                    f"layer {layer} of {model.cfg.model_name} has no {part}: only models with attention and a dense "
+                    f"{model.cfg.model_name} has no {point}: only models with attention and a dense "
                     "MLP in every layer can be edited here"
                 )
 
@@ -180,10 +193,17 @@ def fingerprint(model: TransformerBridge) -> str:
 
 
 def origin(model: TransformerBridge) -> dict[str, str]:
-    """All of a model that text sampled from it depends on: weights, tokenizer, and the kind of device."""
-    tokenizer = own_tokenizer(model).backend_tokenizer.to_str()
+    """All of a model that text sampled from it depends on: weights, tokenizer, kind of device, and libraries."""
+    tokenizer = own_tokenizer(model)
+    # Padding and truncation are set by the last call, and are not used here.
+    rules = {
+        k: v for k, v in json.loads(tokenizer.backend_tokenizer.to_str()).items() if k not in ("padding", "truncation")
+    }
     return {
         "model": fingerprint(model),
-        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),
+        "ends": f"{tokenizer.bos_token_id} {tokenizer.eos_token_id}",
         "device": next(model.parameters()).device.type,
+        "torch": torch.__version__,
+        "transformer-lens": version("transformer-lens"),
     }

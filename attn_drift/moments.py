@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.files import cache_path, replacing
+from attn_drift.files import cache_path, keeping, replacing
 from attn_drift.hooks import is_hooked, key_point, read
 from attn_drift.models import check_layer, check_model, fingerprint, float64_device, mlp_width, origin
 from attn_drift.sampling import sample_documents
@@ -92,7 +92,7 @@ class SecondMoment:
             )
         if self.matrix.dtype != torch.float64:
             raise ValueError(
-                f"the second moment is in {self.matrix.dtype}; expected float64: SecondMoment(matrix.double())"
+                f"the second moment is in {self.matrix.dtype}; expected float64, as second_moment makes it"
             )
         if self.fingerprint != fingerprint(model):
             raise ValueError(
@@ -173,7 +173,8 @@ def sampled_moment(model: TransformerBridge, layer: int, seed: int = 0) -> Secon
         return SecondMoment.load(path)
     moment = second_moment(model, layer, sample_documents(model, n_tokens, length, seed))
     if not is_hooked(model):
-        moment.save(path)
+        with keeping():
+            moment.save(path)
     return moment
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.files import cache_path, replacing
+from attn_drift.files import cache_path, keeping, replacing
 from attn_drift.hooks import is_hooked
 from attn_drift.models import origin
 from attn_drift.requests import SLOT
@@ -51,7 +51,7 @@ def sample_contexts(
     if path.is_file():
         return [str(context) for context in json.loads(path.read_text(encoding="utf-8"))]
     contexts = _sample_contexts(model, seed, lengths)
-    with replacing(path) as temporary:
+    with keeping(), replacing(path) as temporary:
         temporary.write_text(json.dumps(contexts), encoding="utf-8")
     return contexts
 

@@ -7,7 +7,7 @@ BOS tokens cannot shift them.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Bool, Int
@@ -90,11 +90,12 @@ class TokenBatch:
 
 
 _originals: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
+_published: WeakSet[PreTrainedTokenizerBase] = WeakSet()
 
 
-def has_own_convention(tokenizer: PreTrainedTokenizerBase) -> None:
+def mark_as_published(tokenizer: PreTrainedTokenizerBase) -> None:
     """Remembers that a bridge's tokenizer is as it was published, so that `own_tokenizer` returns it."""
-    _originals[tokenizer] = tokenizer
+    _published.add(tokenizer)
 
 
 def own_tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase:
@@ -104,7 +105,7 @@ def own_tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase:
     from `load_model` already has it so.)
     """
     tokenizer = model.tokenizer
-    if tokenizer not in _originals and not tokenizer.init_kwargs.get("add_bos_token"):
+    if tokenizer in _published or not tokenizer.init_kwargs.get("add_bos_token"):
         return tokenizer
     if tokenizer not in _originals:
         try:

@@ -113,7 +113,7 @@ def _frozen(model: TransformerBridge) -> Iterator[None]:
     for weight in thawed:
         weight.requires_grad_(False)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for weight in thawed:

@@ -1,6 +1,7 @@
 """Low-rank updates of down-projections, written into weights and taken out again, bit for bit."""
 
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,7 +44,7 @@ class WrittenLayer:
     """The weight of one layer as it was, and the updates written into it since, in order and safe from changes."""
 
     original: Float[Tensor, "d_mlp d_model"]
-    updates: dict[object, LowRankUpdate] = field(default_factory=dict)
+    updates: dict[Any, LowRankUpdate] = field(default_factory=dict)
 
     def add(self, model: TransformerBridge, layer: int, edit: object, update: LowRankUpdate) -> None:
         self.updates[edit] = LowRankUpdate(update.keys.clone(), update.values.clone())
@@ -82,9 +83,9 @@ class WrittenLayer:
 
 @dataclass
 class WrittenModel:
-    """What was written into a model: its fingerprint before, and per layer the updates."""
+    """What was written into a model: its fingerprints before each writing, and per layer the updates."""
 
-    fingerprint: str
+    fingerprints: set[str] = field(default_factory=set)
     layers: dict[int, WrittenLayer] = field(default_factory=dict)
 
 
@@ -92,5 +93,5 @@ written: WeakKeyDictionary[TransformerBridge, WrittenModel] = WeakKeyDictionary(
 
 
 def identities(model: TransformerBridge) -> set[str]:
-    """Fingerprints of the model: as it is, and as it was before edits were written into it."""
-    return {fingerprint(model)} | ({written[model].fingerprint} if model in written else set())
+    """Fingerprints of the model: as it is, and as it was before each edit that was written into it."""
+    return {fingerprint(model)} | (written[model].fingerprints if model in written else set())

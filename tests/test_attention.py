@@ -9,10 +9,12 @@ from einops import einsum, repeat
 from small_models import make_hf_model, make_tokenizer
 from test_edits import random_edit
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM
 
 import attn_drift as ad
 from analysis.drift import attention_drift, subject_attention
 from attn_drift.hooks import read
+from attn_drift.models import fingerprint
 from attn_drift.tokens import encode, pad
 
 Make = Callable[..., TransformerBridge]
@@ -42,6 +44,12 @@ def test_each_architecture_loads_from_a_folder_and_takes_an_edit(architecture: s
     make_hf_model(architecture).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     model = ad.load_model(tmp_path, device="cpu")
+    # However a model comes, it is the same one; attention that Hugging Face would fuse is captured all the same.
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path)
+    in_memory = ad.load_model(fused, make_tokenizer(), device="cpu")
+    assert fingerprint(in_memory) == fingerprint(model)
+    for a, b in zip(*(ad.capture_attention(m, TEXTS).patterns for m in (model, in_memory)), strict=True):
+        torch.testing.assert_close(a, b)
     assert encode(model, "Ada plays").ids == tuple(make_tokenizer()("Ada plays")["input_ids"])
     request = ad.EditRequest("{} plays the", "Ada Bellini", "cello")
     edit = ad.rome(model, request, config=ad.ROMEConfig(layer=0, steps=4), restrict=ad.SADR(gamma=0.1))

@@ -16,7 +16,10 @@ from analysis.demo import NONE, REPHRASED, RESTRICTED, ROME, Demonstration, demo
 from analysis.report import Section, demo_sections, write_report
 from attn_drift.demo.train import TrainConfig, fact_accuracy, train
 from attn_drift.demo.world import World
+from attn_drift.editors.rome import ROMEConfig
 from attn_drift.models import demo_folder
+from attn_drift.requests import request_texts
+from attn_drift.sampling import sample_contexts
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +77,14 @@ def test_edits_leave_lower_layers_alone(shown: Demonstration) -> None:
     assert drift.subject_last[:, shown.layer + 1 :].abs().max() > 0.1
 
 
-def test_all_arms_have_the_same_number_of_texts(shown: Demonstration) -> None:
-    requests = shown.arms[REPHRASED].edits
-    assert requests is not None
-    assert all(len(edit.requests[0].wordings) == 2 for edit in requests)
+def test_all_arms_have_the_same_number_of_texts(shown: Demonstration, demo: TransformerBridge) -> None:
+    contexts = sample_contexts(demo, lengths=ROMEConfig.for_model(demo).context_lengths)
+    counts = set()
+    for name, wordings in ((ROME, 1), (RESTRICTED, 1), (REPHRASED, 2)):
+        for edit in shown.arms[name].edits or ():
+            assert len(edit.requests[0].wordings) == wordings
+            counts.add(len(request_texts(demo, edit.requests[0], contexts).rewriting))
+    assert counts == {11}
 
 
 def test_results_file(shown: Demonstration) -> None:

@@ -284,9 +284,29 @@ def test_an_edit_does_not_count_twice(make_model: Make) -> None:
     model = make_model("gpt2")
     edit = random_edit(model, 0)
     edit.write_to(model)
-    with pytest.raises(ValueError, match="already written"), edit.applied(model):
+    other = ad.Edit(random_edit(model, 1).updates, edit.requests, edit.fingerprint, "x")
+    both = edit + other
+    for twice in (edit, both):
+        with pytest.raises(ValueError, match="already written"), twice.applied(model):
+            pass
+        with pytest.raises(ValueError, match="already written"):
+            twice.write_to(model)
+        with pytest.raises(ValueError, match="already written"):
+            ad.capture_attention(model, "Ada", edits=[twice])
+    with other.applied(model):
         pass
     edit.remove_from(model)
+    with both.applied(model):
+        pass
+
+
+def test_edits_made_on_top_of_others_reload(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    random_edit(model, 0).write_to(model)
+    second = random_edit(model, 1)
+    second.save(tmp_path / "second")
+    second.write_to(model)
+    assert ad.Edit.load(tmp_path / "second", model).requests == second.requests
 
 
 def test_written_edits_survive_changes_of_the_value_and_casts_are_named(make_model: Make) -> None:
@@ -311,8 +331,14 @@ def test_float32_edit_of_a_float64_model(make_model: Make) -> None:
     model = make_model("gpt2", torch.float64)
     before = state(model)
     nothing = ad.LowRankUpdate(torch.zeros(1, 128), torch.zeros(1, 32))
-    ad.Edit({1: nothing}, (), fingerprint(model), "x").write_to(model)
+    zero = ad.Edit({1: nothing}, (), fingerprint(model), "x")
+    zero.write_to(model)
     assert same_state(model, before)
+    zero.remove_from(model)
+    original, something = down_projection(model, 1).clone(), random_edit(model, 0)
+    assert something.updates[1].keys.dtype == torch.float32
+    something.write_to(model)
+    assert torch.equal(down_projection(model, 1), original + something.updates[1].delta().double())
 
 
 def test_edits_that_are_not_finite_are_refused(small: TransformerBridge) -> None:

@@ -99,6 +99,11 @@ def test_what_changes_a_model_changes_its_identity(make_model: Make) -> None:
     assert fingerprint(model) == fingerprint(other) and origin(model) == origin(other)
     other.original_model.config.layer_norm_epsilon = 0.1
     assert fingerprint(model) != fingerprint(other)
+    key = origin(model)
+    model.to_tokens(["Ada", "Ada plays"])  # sets the tokenizer's padding
+    assert origin(model) == key
+    model.tokenizer.bos_token = "Ada"
+    assert origin(model) != key
     bos = make_model("gpt2", bos=True)
     assert fingerprint(model) == fingerprint(bos) and origin(model) != origin(bos)
     assert fingerprint(model) != fingerprint(make_model("gpt2", torch.float64))
@@ -110,6 +115,15 @@ def test_one_text_and_long_texts(small: TransformerBridge) -> None:
     assert whole.n_tokens == len(make_tokenizer()(text)["input_ids"]) > small.cfg.n_ctx
     listed = ad.second_moment(small, 0, [text])
     assert torch.equal(whole.matrix, listed.matrix)
+
+
+def test_a_cache_that_cannot_be_written_loses_nothing(
+    demo: TransformerBridge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "file"))
+    assert len(sample_contexts(demo)) == 21
+    assert "cache cannot be written" in caplog.text
 
 
 def test_sampling_leaves_the_random_state_alone(small: TransformerBridge) -> None:

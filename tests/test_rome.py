@@ -14,6 +14,7 @@ from attn_drift.hooks import key_point, read
 from attn_drift.models import fingerprint, mlp_width
 from attn_drift.requests import request_texts
 from attn_drift.tokens import encode, pad
+from attn_drift.values import optimise_values
 
 CONTEXTS = ["{}", "The man met a friend. {}", "Carla Moreau was seen by Ada Bellini. {}", "I. {}", "Because. {}"]
 START = "{} plays the"
@@ -45,6 +46,7 @@ def compare(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
+        clamp=settings.clamp,
         ridge=settings.ridge,
     )
     edit = ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment, restrict=restrict)
@@ -62,19 +64,21 @@ def compare(
     )
     given = edit.updates[settings.layer].delta()
     assert edit.history is not None
+    if restrict is not None:
+        assert edit.history.terms[:, 4].max() > 1e-3, "the restriction takes no part"
     torch.testing.assert_close(
         edit.history.terms[:, 0], torch.tensor(losses, dtype=torch.float64), rtol=1e-5, atol=1e-8
     )
     assert (given - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.2])
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
 @pytest.mark.parametrize("prompt", [START, MIDDLE, END + " {}"])
 @pytest.mark.parametrize("target", ["cello", "zither quartet"])
 def test_equals_reference(make_model: Make, prompt: str, target: str, gamma: float) -> None:
     model = make_model("gpt2", torch.float64)
     request = ad.EditRequest(prompt, "Ada Bellini", target)
-    settings = Settings(layer=1, steps=10, learning_rate=0.1, gamma=gamma)
+    settings = Settings(layer=1, steps=10, learning_rate=0.5, gamma=gamma)
     compare(model, "gpt2", False, request, settings, ad.SADR(gamma=gamma) if gamma else None)
 
 
@@ -86,8 +90,8 @@ def test_equals_reference_on_every_architecture(make_model: Make, architecture: 
     model = make_model(architecture, torch.float64, bos)
     model.tokenizer.padding_side = side
     request = ad.EditRequest(MIDDLE, "Ada Bellini", "zither")
-    settings = Settings(layer=0, steps=10, learning_rate=0.1, gamma=0.2)
-    compare(model, architecture, bos, request, settings, ad.SADR(gamma=0.2))
+    settings = Settings(layer=0, steps=10, learning_rate=0.5, gamma=3.0)
+    compare(model, architecture, bos, request, settings, ad.SADR(gamma=3.0))
 
 
 def test_left_padding_that_the_model_cannot_do_is_named(make_model: Make) -> None:
@@ -134,19 +138,36 @@ def test_equals_reference_with_all_heads(make_model: Make) -> None:
     )
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.2])
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_equals_reference_with_two_wordings(make_model: Make, gamma: float) -> None:
     model = make_model("gpt2", torch.float64)
     request = ad.EditRequest(START, "Ada Bellini", "organ").rephrased(MIDDLE)
-    settings = Settings(layer=1, steps=10, learning_rate=0.1, gamma=gamma)
+    settings = Settings(layer=1, steps=10, learning_rate=0.5, gamma=gamma)
     compare(model, "gpt2", False, request, settings, ad.SADR(gamma=gamma) if gamma else None)
 
 
-def test_published_settings_equal_reference(make_model: Make) -> None:
-    """Learning rate 0.5 and the ball: the projection takes part."""
+@pytest.mark.parametrize("clamp", [4.0, 0.2])
+def test_published_settings_equal_reference(make_model: Make, clamp: float) -> None:
+    """Learning rate 0.5, and a ball so small that delta is projected on it."""
     model = make_model("gpt2", torch.float64)
-    settings = Settings(layer=1, steps=10, learning_rate=2.0, weight_decay=0.5)
-    compare(model, "gpt2", False, ad.EditRequest(START, "Ada Bellini", "organ"), settings, None)
+    settings = Settings(layer=1, steps=10, learning_rate=0.5, weight_decay=0.5, clamp=clamp)
+    request = ad.EditRequest(START, "Ada Bellini", "organ")
+    compare(model, "gpt2", False, request, settings, None)
+    config = ad.ROMEConfig(layer=1, steps=10, clamp=clamp)
+    edit = ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment_of(model, 1))
+    texts = request_texts(model, request, CONTEXTS)
+    v0 = optimise_values(model, 1, [texts], config)[0].v0
+    on_the_ball = edit.updates[1].values.norm().item() == pytest.approx(clamp * v0.norm().item())
+    assert on_the_ball == (clamp < 1)
+
+
+def test_inference_mode_does_not_matter(make_model: Make) -> None:
+    model = make_model("gpt2")
+    options = {"config": ad.ROMEConfig(layer=1, steps=3), "contexts": CONTEXTS, "moment": moment_of(model, 1)}
+    plain = ad.rome(model, ad.EditRequest(START, "Ada Bellini", "cello"), **options)
+    with torch.inference_mode():
+        inside = ad.rome(model, ad.EditRequest(START, "Ada Bellini", "cello"), **options)
+    assert torch.equal(plain.updates[1].delta(), inside.updates[1].delta())
 
 
 def test_requests_do_not_influence_each_other(make_model: Make) -> None:

@@ -97,9 +97,19 @@ def train(out: Path, seed: int = 0, config: TrainConfig = TrainConfig()) -> floa
     Returns:
         The share of (fact, wording) pairs that the model answers right by argmax.
     """
-    torch.manual_seed(seed)
     world = make_world(seed)
     tokenizer = train_tokenizer(world, seed, config.vocab, config.n_positions)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _train(world, tokenizer, seed, config)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    world.save(out / "world.json")
+    return fact_accuracy(model, tokenizer, world)
+
+
+def _train(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, config: TrainConfig) -> GPT2LMHeadModel:
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -135,9 +145,4 @@ def train(out: Path, seed: int = 0, config: TrainConfig = TrainConfig()) -> floa
         schedule.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    world.save(out / "world.json")
-    return fact_accuracy(model, tokenizer, world)
+    return model.eval()

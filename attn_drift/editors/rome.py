@@ -67,8 +67,10 @@ class ROMEConfig(ValueConfig):
         """The preset of the model's name, or, said in the log, ROME's usual settings at a quarter of the depth."""
         presets = json.loads((files("attn_drift") / "presets" / "rome.json").read_text(encoding="utf-8"))
         name = str(model.cfg.model_name)
-        # "demo" is the shipped model alone, not any folder of that name.
-        preset = presets.get(name if name == DEMO else name.rstrip("/").split("/")[-1].lower().replace(DEMO, ""))
+        key = name.rstrip("/").split("/")[-1].lower()
+        preset = presets.get(key)
+        if key == DEMO and name != DEMO:  # some folder of that name
+            preset = None
         if preset is not None and preset["layer"] < model.cfg.n_layers:
             lengths = preset.get("context_lengths", ROME_LENGTHS)
             return cls(**{**preset, "context_lengths": tuple(tuple(pair) for pair in lengths)})
