@@ -49,7 +49,7 @@ class Arm:
     attention: SubjectAttention
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Demonstration:
     """All arms on the same cases.
 
@@ -68,6 +68,9 @@ class Demonstration:
     layer: int
     seed: int
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"Demonstration({len(self.cases)} facts, editors {list(self.arms)}, seed {self.seed})"
 
     def max_head(self, editor: str) -> float:
         """Attention to the subject, maximum over the heads above the edit, averaged over the DNS texts."""

@@ -20,9 +20,11 @@ WORDS = "Ada Bellini plays the cello piano organ in town and Carla Moreau was se
 VOCAB = 320
 N_CTX = 64
 
+ENDS = {"bos_token_id": 0, "eos_token_id": 0}
+
 CONFIGS = {
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_positions=N_CTX, n_embd=32, n_layer=3, n_head=4),
-    "gptj": GPTJConfig(vocab_size=VOCAB, n_positions=N_CTX, n_embd=32, n_layer=3, n_head=4, rotary_dim=4),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_positions=N_CTX, n_embd=32, n_layer=3, n_head=4, **ENDS),
+    "gptj": GPTJConfig(vocab_size=VOCAB, n_positions=N_CTX, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, **ENDS),
     "neox": GPTNeoXConfig(
         vocab_size=VOCAB,
         max_position_embeddings=N_CTX,
