@@ -37,7 +37,7 @@ class Edit:
         model_name: of that model, for messages.
         method: the editor and its settings, for the record.
         history: of the optimisation; None for sums.
-        parts: the edits that a sum was made of, so that none of them counts twice.
+        parts: the edits that a sum was made of, none of them a sum; so that none counts twice.
     """
 
     updates: Mapping[int, LowRankUpdate]
@@ -126,15 +126,14 @@ class Edit:
             del written[model]
 
     def leaves(self) -> set["Edit"]:
-        """The edits that this one is made of: itself, or the leaves of its parts."""
-        return set().union(*(part.leaves() for part in self.parts)) if self.parts else {self}
+        """The edits that this one is made of: its parts, or itself."""
+        return set(self.parts) or {self}
 
     def check_not_written(self, model: TransformerBridge) -> None:
         """Raises a ValueError when the edit, or one that it shares a part with, is written in the model's weights."""
-        there = (
-            {edit for layer in written[model].layers.values() for edit in layer.updates} if model in written else set()
-        )
-        if any(leaf in edit.leaves() for edit in there for leaf in self.leaves()):
+        layers = written[model].layers.values() if model in written else ()
+        mine = self.leaves()
+        if any(mine & edit.leaves() for layer in layers for edit in layer.updates):
             raise ValueError("this edit is already written in the model; remove_from(model) takes it out")
 
     def _warn_of_another_model(self, model: TransformerBridge) -> None:
@@ -162,13 +161,14 @@ class Edit:
         updates = dict(self.updates)
         for layer, update in other.updates.items():
             updates[layer] = updates[layer] + update if layer in updates else update
+        parts = (*(self.parts or (self,)), *(other.parts or (other,)))
         return Edit(
             updates=dict(sorted(updates.items())),
             requests=self.requests + other.requests,
             fingerprint=self.fingerprint,
             model_name=self.model_name,
-            method={"editor": "sum", "of": [dict(self.method), dict(other.method)]},
-            parts=(self, other),
+            method={"editor": "sum", "of": [dict(part.method) for part in parts]},
+            parts=parts,
         )
 
     def save(self, path: str | Path) -> None:

@@ -1,6 +1,8 @@
 """What must be true of any edit: hooks, weights and files agree; undoing is exact."""
 
+import functools
 import json
+import operator
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,6 +165,16 @@ def test_sum_is_both(make_model: Make, architecture: str) -> None:
         nested = logits(model)
     with both.applied(model):
         torch.testing.assert_close(logits(model), nested, rtol=1e-5, atol=1e-5)
+
+
+def test_sum_of_very_many(small: TransformerBridge, tmp_path: Path) -> None:
+    edits = [random_edit(small, seed) for seed in range(1200)]
+    everything = functools.reduce(operator.add, edits)
+    assert everything.updates[1].rank == 1200 and everything.leaves() == set(edits)
+    expected = sum(edit.updates[1].delta() for edit in edits)
+    torch.testing.assert_close(everything.updates[1].delta(), expected, rtol=1e-3, atol=1e-3)
+    everything.save(tmp_path / "sum")
+    assert ad.Edit.load(tmp_path / "sum", small).requests == everything.requests
 
 
 def test_rows_carry_their_own_edits(make_model: Make, architecture: str) -> None:
