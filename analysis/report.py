@@ -144,7 +144,7 @@ def _summary(shown: Demonstration) -> list[str]:
         f"ROME makes the new fact (ES {edited['ES']:.0f}) and its paraphrases (PS {edited['PS']:.0f}), but with the "
         f"edited subject in the context, questions about other people (DNS) fall from {before['DNS']:.0f} to "
         f"{edited['DNS']:.0f}, while the attention of the last token to the edited subject (max head) rises from "
-        f"{before['max head']:.2f} to {edited['max head']:.2f}. SADR holds it at {held['max head']:.2f} and keeps "
+        f"{before['max head']:.2f} to {edited['max head']:.2f}. SADR holds it at {held['max head']:.2f} and recovers "
         f"{saved:.0%} of what was lost on DNS.",
         "Brackets: 95 % intervals from a bootstrap over facts. ES: the edit itself. PS: wordings that no edit used. "
         "NS: other people, same question. DNS: the same after the edited sentence. RS: other questions about the "
@@ -153,12 +153,12 @@ def _summary(shown: Demonstration) -> list[str]:
 
 
 def _with_intervals(shown: Demonstration) -> pd.DataFrame:
-    """The table with an interval behind every mean."""
+    """The table with an interval behind every mean, never broken across lines."""
     table = shown.table().reset_index()
     for row in shown.to_json()["rows"]:
         for name, cell in row.items():
             if isinstance(cell, dict):
-                text = f"{100 * cell['mean']:.1f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+                text = f"{100 * cell['mean']:.1f} [{100 * cell['low']:.0f},\u00a0{100 * cell['high']:.0f}]"
                 column = name.replace("_", " ")
                 table[column] = table[column].astype(object)
                 table.loc[table["editor"] == row["editor"], column] = text

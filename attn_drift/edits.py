@@ -200,7 +200,8 @@ class Edit:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or no edit file: {error}") from error
         if metadata.get("format") != FORMAT:

@@ -84,10 +84,6 @@ class TokenBatch:
         """Columns in ``ids`` of one token index per text."""
         return self.starts + torch.tensor(indices, device=self.starts.device)
 
-    def last_columns(self) -> Int[Tensor, " text"]:
-        """Column of each text's last token."""
-        return self.columns([len(row) - 1 for row in self.rows])
-
 
 _originals: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
 _published: WeakSet[PreTrainedTokenizerBase] = WeakSet()

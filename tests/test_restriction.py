@@ -47,7 +47,7 @@ def test_penalty_equals_plain_loops(
 ) -> None:
     model = make_model("gpt2", torch.float64)
     model.tokenizer.padding_side = side
-    sadr = ad.SADR(gamma=0.3, heads=rule, divergence=divergence, queries=queries)  # type: ignore[arg-type]
+    sadr = ad.SADR(gamma=0.3, heads=rule, divergence=divergence, queries=queries)
     batch, before, after, patterns = observed(model, sadr)
     penalty = sadr.bind(model, 0).penalty(before, after, batch)
     vanilla = patterns.pop("vanilla")
