@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analysis.drift import AttentionDrift, SubjectAttention, attention_drift, subject_attention
 from analysis.specificity import Scores, results_row, score
 from attn_drift.attention import AttentionCapture, capture_attention
-from attn_drift.datasets import Case
+from attn_drift.cases import Case
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World
 from attn_drift.editors.rome import ROMEConfig, rome

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.datasets import TASKS, Case
+from attn_drift.cases import TASKS, Case
 from attn_drift.edits import Edit, applied_to_rows
 from attn_drift.hooks import run
 from attn_drift.models import check_model

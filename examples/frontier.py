@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis import drift, plots, specificity
-from attn_drift.datasets import Case
+from attn_drift.cases import Case
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World
 from attn_drift.models import demo_folder

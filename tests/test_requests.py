@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import attn_drift as ad
 from analysis.specificity import score
-from attn_drift.datasets import Case, Probe
+from attn_drift.cases import Case, Probe
 from attn_drift.requests import fill, request_texts, rewriting_batch
 from attn_drift.tokens import encode, encode_completion, find_subject, pad, subject_span
 

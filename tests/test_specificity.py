@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis.specificity import Scores, bootstrap, results_row, score
-from attn_drift.datasets import TASKS, Case, Probe
+from attn_drift.cases import TASKS, Case, Probe
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World, make_world
 from attn_drift.models import demo_folder

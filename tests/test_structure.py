@@ -15,6 +15,7 @@ ORDER = [
     "hooks",
     "models",
     "requests",
+    "cases",
     "datasets",
     "weights",
     "edits",

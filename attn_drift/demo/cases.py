@@ -2,7 +2,7 @@
 
 import random
 
-from attn_drift.datasets import Case, Probe, distracting
+from attn_drift.cases import Case, Probe, distracting
 from attn_drift.demo.world import World
 from attn_drift.requests import EditRequest, fill
 

@@ -1,0 +1,66 @@
+"""Cases: an edit request with the texts that score it (method.md, section 5)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from attn_drift.requests import EditRequest
+
+# ES efficacy, PS paraphrase, NS neighbourhood, DNS distracting neighbourhood, RS relation; of the others the last has
+# the edit sentence before the commonsense question.
+Task = Literal[
+    "ES",
+    "PS",
+    "NS",
+    "DNS",
+    "RS",
+    "alias",
+    "reasoning",
+    "logic",
+    "forgetting",
+    "commonsense",
+    "distracted_commonsense",
+]
+TASKS: tuple[Task, ...] = Task.__args__  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text, and the two objects that are compared at its end.
+
+    Attributes:
+        text: what the model is given.
+        right: the object that the edited model should prefer.
+        wrong: the object that it should not; None where there is none to compare with, so that no comparison is made.
+        aliases: other names of the right object, which count when the model answers freely.
+    """
+
+    text: str
+    right: str
+    wrong: str | None
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """An edit request and its texts, by task.
+
+    Attributes:
+        case_id: distinguishes the cases of a set.
+        request: the edit.
+        probes: per task its texts; a task that the data do not offer is absent.
+        generation: openings about the subject that the model continues, for fluency and consistency.
+        references: texts about what has the new object, for consistency.
+    """
+
+    case_id: str
+    request: EditRequest
+    probes: Mapping[Task, tuple[Probe, ...]]
+    generation: tuple[str, ...] = ()
+    references: tuple[str, ...] = field(default=(), repr=False)
+
+
+def distracting(request: EditRequest, probe: Probe) -> Probe:
+    """A text after the edit as a sentence: the DNS text of an NS text, for instance."""
+    text = f"{request.question} {request.target_new}. {probe.text}"
+    return Probe(text, probe.right, probe.wrong, probe.aliases)
