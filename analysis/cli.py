@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
+
+    from analysis.results import Results
 
 # The libraries behind the commands take seconds to import, so that each command imports what it needs.
 
@@ -36,17 +40,15 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("demo-out"),
 ) -> None:
     """Edit facts of the demo model, see attention drift and what it breaks, and hold it with SADR."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    from analysis.demo import GAMMA, demonstrate
+    _quiet()
+    from analysis.demo import demonstrate
     from analysis.report import demo_sections, write_report
     from attn_drift.files import replacing
     from attn_drift.models import load_model
 
     with console.status("loading the demo model"):
         model = load_model("demo")
-    shown = demonstrate(model, edits, GAMMA if gamma is None else gamma, seed)
+    shown = demonstrate(model, edits, gamma, seed)
     with replacing(out / "results.json") as temporary:
         temporary.write_text(json.dumps(shown.to_json(), indent=1), encoding="utf-8")
     write_report(out / "report.html", "Attention drift on the demo model", demo_sections(shown))
@@ -57,6 +59,197 @@ def demo(
         "questions. argmax: first choices. max head: attention to the subject."
     )
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
+@app.command("demo-cases")
+def demo_cases_file(
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    n: Annotated[int, typer.Option("--n", help="Number of cases.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the facts.")] = 0,
+) -> None:
+    """Write cases of the demo model's world to a file in the merged format, for `bench` and `sweep`."""
+    from attn_drift.demo.cases import demo_cases, merged_record
+    from attn_drift.demo.world import World
+    from attn_drift.files import replacing
+    from attn_drift.models import demo_folder
+
+    cases = demo_cases(World.load(demo_folder() / "world.json"), n, seed)
+    with replacing(out) as temporary:
+        records = [merged_record(case) for case in cases]
+        temporary.write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
+    console.print(f"{n} cases written to {out}", soft_wrap=True)
+
+
+CasesFile = Annotated[Path, typer.Argument(help="CounterFact, merged CounterFact, zsRE or WikiData, as JSON.")]
+Model = Annotated[str, typer.Option(help="'demo', a name on the Hugging Face hub, or a folder.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results; a run that it holds is gone on with.")]
+Limit = Annotated[int | None, typer.Option(help="The first so many cases only.")]
+Seed = Annotated[int, typer.Option(help="Seed of contexts and sampled continuations.")]
+EngineName = Annotated[str, typer.Option(help="'local' or 'ray'.")]
+Workers = Annotated[int, typer.Option(help="Ray actors, with a model each.")]
+Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster; a local one is started without it.")]
+BatchCases = Annotated[int, typer.Option(help="Cases that are edited, scored and written together.")]
+SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Skip and count bad records.")]
+SnippetsFile = Annotated[Path | None, typer.Option(help="attribute_snippets.json, for consistency (CS).")]
+Corpus = Annotated[Path | None, typer.Option(help="Texts for perplexity (PPL), one a line.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")]
+Device = Annotated[str | None, typer.Option(help="Where the model goes, such as cpu or cuda:1.")]
+
+
+@app.command()
+def bench(
+    cases: CasesFile,
+    model: Model,
+    editors: Annotated[str, typer.Option(help="Such as rome,rome+sadr:gamma=0.01:steps=40.")],
+    out: Out,
+    limit: Limit = None,
+    seed: Seed = 0,
+    engine: EngineName = "local",
+    workers: Workers = 2,
+    address: Address = None,
+    batch_cases: BatchCases = 16,
+    skip_invalid: SkipInvalid = False,
+    snippets: SnippetsFile = None,
+    corpus: Corpus = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """Run editors on a file of cases: the paper's Table 3, with intervals, controls and paired differences."""
+    results = _benchmark(
+        cases,
+        model,
+        editors.split(","),
+        out,
+        limit=limit,
+        skip_invalid=skip_invalid,
+        snippets=snippets,
+        corpus=corpus,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        batch_cases=batch_cases,
+        engine=engine,
+        workers=workers,
+        address=address,
+    )
+    _finish(results)
+
+
+@app.command()
+def sweep(
+    cases: CasesFile,
+    model: Model,
+    out: Out,
+    editor: Annotated[str, typer.Option(help="Whose settings are swept.")] = "rome",
+    gamma: Annotated[str, typer.Option(help="Weights of SADR, such as 0.01,0.03,0.1.")] = "",
+    learning_rate: Annotated[str, typer.Option(help="Learning rates.")] = "",
+    steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "",
+    kl_factor: Annotated[str, typer.Option(help="Weights of the essence term.")] = "",
+    limit: Limit = None,
+    seed: Seed = 0,
+    engine: EngineName = "local",
+    workers: Workers = 2,
+    address: Address = None,
+    batch_cases: BatchCases = 16,
+    skip_invalid: SkipInvalid = False,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """What a restriction costs and saves, by gamma and by other knobs: the trade-off curve."""
+    from analysis.sweep import Sweep, write_tradeoff
+
+    knobs = {"gamma": gamma, "learning_rate": learning_rate, "steps": steps, "kl_factor": kl_factor}
+    swept = Sweep.parse(editor, {knob: values.split(",") for knob, values in knobs.items() if values})
+    results = _benchmark(
+        cases,
+        model,
+        swept.methods,
+        out,
+        limit=limit,
+        skip_invalid=skip_invalid,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        batch_cases=batch_cases,
+        engine=engine,
+        workers=workers,
+        address=address,
+    )
+    write_tradeoff(results, swept)
+    console.print(f"Trade-off: {out / 'tradeoff.html'}", soft_wrap=True)
+    _finish(results)
+
+
+def _benchmark(
+    path: Path,
+    model: str,
+    methods: "Sequence[str]",
+    out: Path,
+    *,
+    limit: int | None,
+    skip_invalid: bool,
+    snippets: Path | None = None,
+    corpus: Path | None = None,
+    dtype: str,
+    device: str | None,
+    **options: Any,
+) -> "Results":
+    """Reads the files, all of them before a model is loaded, and runs the benchmark."""
+    _quiet()
+    import torch
+
+    from analysis.benchmark import benchmark
+    from analysis.methods import parse_methods
+    from attn_drift.datasets import read_cases, read_snippets
+
+    precision = getattr(torch, dtype, None)
+    if not isinstance(precision, torch.dtype):
+        raise ValueError(f"the dtype is {dtype!r}; expected float32, bfloat16, float16 or float64")
+    parse_methods(methods)
+    told = None if snippets is None else read_snippets(snippets)
+    cases = read_cases(path, snippets=told, skip_invalid=skip_invalid, limit=limit)
+    if cases.n_skipped:
+        console.print(
+            f"{cases.n_skipped} records are skipped, such as {cases.skipped[0]}", markup=False, soft_wrap=True
+        )
+    texts = [] if corpus is None else [line for line in corpus.read_text("utf-8").splitlines() if line.strip()]
+    return benchmark(
+        model,
+        cases,
+        methods,
+        out,
+        corpus=texts,
+        snippets=told,
+        options={"dtype": precision, "device": device},
+        **options,
+    )
+
+
+def _finish(results: "Results") -> None:
+    """Shows the table and where the rest is; ends the command with 1 if a case failed."""
+    from analysis.summary import table_three
+
+    # Half-widths below the means, so that the table fits a terminal.
+    table = table_three(results.rows).map(lambda cell: cell.replace(" (", "\n("))
+    console.print(_table(table, str(results.config["model"]["name"])))
+    console.print(f"Everything else: {results.folder / 'summary.md'}, report.html, summary.json", soft_wrap=True)
+    n_failed = results.failures["case"].nunique()
+    if n_failed:
+        example = results.failures.iloc[0]
+        Console(stderr=True).print(
+            f"{n_failed} of {results.config['cases']['n']} cases failed (see summary.md), such as {example['case']!r}: "
+            f"{example['error']}",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 @app.command("train-demo")

@@ -10,21 +10,21 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.drift import AttentionDrift, SubjectAttention, attention_drift, subject_attention
-from analysis.specificity import Scores, results_row, score
+from analysis.methods import NONE
+from analysis.scores import Scores, results_row
+from analysis.specificity import score
 from attn_drift.attention import AttentionCapture, capture_attention
 from attn_drift.cases import Case
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World
+from attn_drift.editors.presets import preset_gamma
 from attn_drift.editors.rome import ROMEConfig, rome
 from attn_drift.edits import Edit
 from attn_drift.models import demo_folder
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import SADR
 
-NONE, ROME, RESTRICTED, REPHRASED = "none", "rome", "rome+sadr", "rome+sadr+rephrased"
-
-# 3 layers x 8 heads are restricted here, 22 x 16 on GPT-J, where the published gamma is 0.01: L_SADR sums over both.
-GAMMA = 0.1
+ROME, RESTRICTED, REPHRASED = "rome", "rome+sadr", "rome+sadr+rephrased"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class Demonstration:
         return table
 
 
-def demonstrate(model: TransformerBridge, n: int = 24, gamma: float = GAMMA, seed: int = 0) -> Demonstration:
+def demonstrate(model: TransformerBridge, n: int = 24, gamma: float | None = None, seed: int = 0) -> Demonstration:
     """Edits ``n`` facts with none, ROME, ROME + SADR, and ROME + SADR with two wordings.
 
     All at the same number of steps and texts. The wording that the last adds is in no score.
@@ -111,13 +111,14 @@ def demonstrate(model: TransformerBridge, n: int = 24, gamma: float = GAMMA, see
     Args:
         model: the demo model.
         n: number of facts, at most that of the world's people.
-        gamma: SADR's weight.
+        gamma: SADR's weight; the model's preset when None.
         seed: of the cases and of the edits' contexts.
     """
     started = time.perf_counter()
     world = World.load(demo_folder() / "world.json")
     cases = demo_cases(world, n, seed)
-    config, restriction = ROMEConfig.for_model(model), SADR(gamma=gamma)
+    config = ROMEConfig.for_model(model)
+    restriction = SADR(gamma=preset_gamma("rome", model, config.layer) if gamma is None else gamma)
     plain = [case.request for case in cases]
     wordings = [rephrased(world, case) for case in cases]
     plans: list[tuple[str, list[EditRequest] | None, SADR | None]] = [

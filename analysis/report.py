@@ -14,7 +14,8 @@ import plotly.io
 from markupsafe import Markup
 
 from analysis import plots
-from analysis.demo import NONE, RESTRICTED, ROME, Demonstration
+from analysis.demo import RESTRICTED, ROME, Demonstration
+from analysis.methods import NONE
 from attn_drift.files import replacing
 from attn_drift.history import EditHistory
 

@@ -1,22 +1,24 @@
-"""Scores of an edit: ES, PS, NS, DNS, RS (method.md, section 5), pairwise, by argmax, and as probabilities.
+"""Scores of an edit on the texts of its case (method.md, section 5).
 
-A text succeeds when the mean log-probability per token of the right object exceeds that of the wrong one.
+Every text is scored in four ways: pairwise (the mean log-probability per token of the right object exceeds that of the
+wrong one), by argmax with the right tokens before each given, by what the model says when it runs freely, and by the
+probabilities of both objects.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.cases import TASKS, Case
+from analysis.generation import Opening, continuations
+from analysis.scores import Scores
+from attn_drift.cases import TASKS, Case, Probe, Task
 from attn_drift.edits import Edit, applied_to_rows
 from attn_drift.hooks import run
 from attn_drift.models import check_model
@@ -24,89 +26,16 @@ from attn_drift.tokens import Completion, Tokens, encode_completion, pad
 
 ROWS_AT_ONCE = 256
 LOGITS_AT_ONCE = 2**26
-RESAMPLES = 2000
 
+# Their objects are whole sentences, given to choose from: nobody expects a model to say them freely.
+CHOICES: tuple[Task, ...] = ("commonsense", "distracted_commonsense")
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean with a 95 % interval from a bootstrap over cases, since texts of one case are not independent.
-
-    Attributes:
-        mean: over all texts.
-        low, high: the interval's ends.
-        n: number of cases.
-        n_texts: number of texts.
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    n_texts: int
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Scores:
-    """One row per text.
-
-    Columns of ``frame``: ``case``, ``task``, ``text``, ``right``, ``wrong``; ``logp_right``, ``logp_wrong`` (mean
-    log-probability per token), ``p_right``, ``p_wrong`` (probability of the whole object), ``success`` (right above
-    wrong), ``argmax`` (every token of the right object is the model's first choice, the right ones before it given).
-    """
-
-    frame: pd.DataFrame
-
-    def __repr__(self) -> str:
-        return f"Scores({self.frame['case'].nunique()} cases, {len(self.frame)} texts)"
-
-    def interval(self, task: str, column: str = "success", seed: int = 0) -> Interval:
-        """Mean of a column over the texts of a task, with its interval.
-
-        Raises:
-            KeyError: no text of that task was scored.
-        """
-        texts = self.frame[self.frame["task"] == task]
-        if texts.empty:
-            raise KeyError(f"no text of the task {task!r} was scored; there are {sorted(self.frame['task'].unique())}")
-        grouped = texts.groupby("case", sort=False)[column]
-        low, high = bootstrap(grouped.sum().to_numpy(), grouped.count().to_numpy(), seed)
-        return Interval(float(texts[column].mean()), low, high, grouped.ngroups, len(texts))
-
-    def summary(self) -> pd.DataFrame:
-        """Per task the mean and interval of ``success``, and the means of the other measures."""
-        rows: list[dict[str, Any]] = []
-        for task in TASKS:
-            texts = self.frame[self.frame["task"] == task]
-            if texts.empty:
-                continue
-            interval = self.interval(task)
-            rows.append(
-                {
-                    "task": task,
-                    "mean": interval.mean,
-                    "low": interval.low,
-                    "high": interval.high,
-                    "argmax": texts["argmax"].mean(),
-                    "p_right": texts["p_right"].mean(),
-                    "p_wrong": texts["p_wrong"].mean(),
-                    "n": interval.n,
-                    "n_texts": interval.n_texts,
-                }
-            )
-        return pd.DataFrame(rows).set_index("task")
-
-
-def bootstrap(totals: NDArray[Any], counts: NDArray[Any], seed: int) -> tuple[float, float]:
-    """95 % percentile interval of ``sum(totals) / sum(counts)`` when cases are drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(totals), size=(RESAMPLES, len(totals)))
-    means = totals[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+# A free answer may spell the right object in more tokens than the tokenizer does, and must end it.
+SPARE_TOKENS = 2
 
 
 def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit | None] | None = None) -> Scores:
-    """Scores every text of every case.
+    """Scores every text of every case: pairwise, by argmax, by a free answer, and by probabilities.
 
     Args:
         model: the model.
@@ -123,36 +52,69 @@ def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit 
     if edits is not None and len(edits) != len(cases):
         raise ValueError(f"{len(edits)} edits were given for {len(cases)} cases; expected one for each")
     probes = [
-        (index, task, probe)
+        (cases[index].case_id, task, probe, None if edits is None else edits[index])
         for index, case in enumerate(cases)
         for task in TASKS
         for probe in case.probes.get(task, ())
     ]
-    questions = [
-        Question(None if edits is None else edits[index], encode_completion(model, probe.text, target))
-        for index, _, probe in probes
-        for target in (probe.right, probe.wrong)
+    asked = [_Asked.of(model, task, probe, edit) for _, task, probe, edit in probes]
+    questions = [question for a in asked for question in (a.right, a.wrong) if question is not None]
+    answers = iter(answer(model, questions))
+    told = iter(continuations(model, [a.opening for a in asked if a.opening is not None]))
+    rows = [
+        {"case": case_id, "task": task, "text": probe.text, "right": probe.right, "wrong": probe.wrong}
+        | _measures(probe, next(answers), None if a.wrong is None else next(answers))
+        | ({} if a.opening is None else _free_answer(probe, next(told)))
+        for (case_id, task, probe, _), a in zip(probes, asked, strict=True)
     ]
-    answers = answer(model, questions)
-    rows = []
-    for i, (index, task, probe) in enumerate(probes):
-        right, wrong = answers[2 * i], answers[2 * i + 1]
-        rows.append(
-            {
-                "case": cases[index].case_id,
-                "task": task,
-                "text": probe.text,
-                "right": probe.right,
-                "wrong": probe.wrong,
-                "logp_right": right.log_probs.mean().item(),
-                "logp_wrong": wrong.log_probs.mean().item(),
-                "p_right": right.log_probs.sum().exp().item(),
-                "p_wrong": wrong.log_probs.sum().exp().item(),
-                "success": bool(right.log_probs.mean() > wrong.log_probs.mean()),
-                "argmax": bool(right.first_choice.all()),
-            }
-        )
-    return Scores(pd.DataFrame(rows))
+    return Scores.from_rows(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What the model is asked about a probe."""
+
+    right: "Question"
+    wrong: "Question | None"
+    opening: Opening | None
+
+    @classmethod
+    def of(cls, model: TransformerBridge, task: Task, probe: Probe, edit: Edit | None) -> "_Asked":
+        right = encode_completion(model, probe.text, probe.right)
+        wrong = None if probe.wrong is None else Question(edit, encode_completion(model, probe.text, probe.wrong))
+        if task in CHOICES:
+            return cls(Question(edit, right), wrong, None)
+        accepted = [right, *(encode_completion(model, probe.text, alias) for alias in probe.aliases)]
+        length = max(len(completion.target) for completion in accepted) + SPARE_TOKENS
+        return cls(Question(edit, right), wrong, Opening(edit, right.tokens.head(right.prompt_last + 1), length))
+
+
+def _measures(probe: Probe, right: "Answer", wrong: "Answer | None") -> dict[str, Any]:
+    logp_right = right.log_probs.mean().item()
+    measures = {
+        "logp_right": logp_right,
+        "p_right": right.log_probs.sum().exp().item(),
+        "argmax": bool(right.first_choice.all()),
+    }
+    if wrong is None:
+        return measures
+    logp_wrong = wrong.log_probs.mean().item()
+    return measures | {
+        "logp_wrong": logp_wrong,
+        "p_wrong": wrong.log_probs.sum().exp().item(),
+        "success": logp_right > logp_wrong,
+    }
+
+
+def _free_answer(probe: Probe, continuation: str) -> dict[str, Any]:
+    right = any(begins(continuation, accepted) for accepted in (probe.right, *probe.aliases))
+    return {"continuation": continuation, "generated": right}
+
+
+def begins(continuation: str, answer: str) -> bool:
+    """Whether a text begins with an answer, up to case and white space, and a word ends where it ends."""
+    words = r"\s+".join(re.escape(word) for word in answer.split())
+    return re.match(rf"\s*{words}(?!\w)", continuation, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,16 +185,5 @@ def _groups(
             yield group
             group = []
         group.append(members)
-    yield group
-
-
-def results_row(editor: str, gamma: float, steps: int, scores: Scores) -> dict[str, Any]:
-    """A row of a results file: the editor, and the interval of every score that the cases offer, as fractions."""
-    row: dict[str, Any] = {"editor": editor, "gamma": gamma, "steps": steps}
-    present = set(scores.frame["task"])
-    columns = {task: (task, "success") for task in TASKS} | {f"{t}_argmax": (t, "argmax") for t in ("RS", "DNS")}
-    for name, (task, column) in columns.items():
-        if task in present:
-            interval = scores.interval(task, column)
-            row[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n}
-    return row
+    if group:
+        yield group

@@ -152,11 +152,11 @@ def _tokenize(model: TransformerBridge, text: str) -> Tokens:
     return Tokens(text, tuple(ids), tuple((int(a), int(b)) for a, b in offsets))
 
 
-def pad(model: TransformerBridge, rows: Sequence[Tokens]) -> TokenBatch:
-    """Pads tokenized texts to one batch on the model's device, on the side of ``model.tokenizer.padding_side``."""
+def pad(model: TransformerBridge, rows: Sequence[Tokens], side: str | None = None) -> TokenBatch:
+    """Pads tokenized texts to one batch on the model's device, on ``model.tokenizer.padding_side`` unless told."""
     if not rows:
         raise ValueError("no texts were given; expected at least one")
-    left = model.tokenizer.padding_side == "left"
+    left = (side or model.tokenizer.padding_side) == "left"
     width = max(len(row) for row in rows)
     # What stands at masked columns does not matter, but must be in the vocabulary: a pad token need not be.
     ids = torch.zeros(len(rows), width, dtype=torch.long)

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis import drift, plots, specificity
+from analysis.scores import Scores
 from attn_drift.cases import Case
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World
@@ -41,8 +42,8 @@ def measure(model: TransformerBridge, world: World, wording: str, gamma: float) 
         capture = ad.capture_attention(model, [t for t, _, _ in texts], edits=[edit for _, _, edit in texts])
         subjects = [case.request.subject for _, case, _ in texts]
         attention.append(drift.subject_attention(capture, subjects).max_head(layer))
-    scores = specificity.Scores(pd.concat(frames))
-    row: dict[str, object] = {"editor": wording, "gamma": gamma}
+    scores = Scores(pd.concat(frames))
+    row: dict[str, object] = {"wording": wording, "gamma": gamma}
     for task in ("ES", "PS", "NS", "DNS", "RS"):
         interval = scores.interval(task)
         row |= {task: interval.mean, f"{task}_low": interval.low, f"{task}_high": interval.high}
@@ -55,7 +56,8 @@ def main(out: Path) -> None:
     frame = pd.DataFrame([measure(model, world, *setting) for setting in tqdm(settings)])
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "frontier.csv", index=False)
-    plots.gamma_tradeoff(frame).write_html(out / "frontier.html")
+    lines = frame.rename(columns={"wording": "line", "gamma": "value"})
+    plots.tradeoff(lines).write_html(out / "frontier.html")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from analysis import cli
-from analysis.demo import NONE, REPHRASED, RESTRICTED, ROME, Demonstration, demonstrate
+from analysis.demo import REPHRASED, RESTRICTED, ROME, Demonstration, demonstrate
+from analysis.methods import NONE
 from analysis.report import Section, demo_sections, write_report
 from attn_drift.demo.train import TrainConfig, fact_accuracy, train
 from attn_drift.demo.world import World
@@ -93,7 +94,7 @@ def test_results_file(shown: Demonstration) -> None:
     assert [row["editor"] for row in results["rows"]] == list(results["drift"])
     for row in results["rows"]:
         for name in ("ES", "PS", "NS", "DNS", "RS", "RS_argmax", "DNS_argmax"):
-            assert set(row[name]) == {"mean", "low", "high", "n"} and row[name]["n"] == 24
+            assert set(row[name]) == {"mean", "low", "high", "half_width", "n"} and row[name]["n"] == 24
             assert 0 <= row[name]["low"] <= row[name]["mean"] <= row[name]["high"] <= 1
 
 

@@ -16,6 +16,7 @@ ORDER = [
     "models",
     "requests",
     "cases",
+    "records",
     "datasets",
     "weights",
     "edits",

@@ -1,14 +1,22 @@
 """Cases of the demo world: facts to edit, and what each edit must and must not change."""
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
-from attn_drift.cases import Case, Probe, distracting
+from attn_drift.cases import Case, Probe, Task, distracting
 from attn_drift.demo.world import World
 from attn_drift.requests import EditRequest, fill
 
 # Of each relation's wordings: the edit's own, the one a rephrased edit adds, and those that measure paraphrases.
 EDIT, REPHRASING, PARAPHRASES = 0, 1, (2, 3, 4)
 NEIGHBOURS = 8
+
+# Openings about a person, which the model continues.
+GENERATION = ("{}", "These days, {}", "I know that {}")
+
+# Where the merged format has the texts of a task; it derives DNS from NS.
+MERGED: dict[Task, str] = {"ES": "rewrite", "PS": "p-paraphrase", "NS": "l-neighbor", "RS": "l-relation"}
 
 
 def demo_cases(world: World, n: int, seed: int) -> list[Case]:
@@ -29,6 +37,28 @@ def rephrased(world: World, case: Case) -> EditRequest:
     """The request of a case with a second wording of its question, one that no score uses."""
     relation = next(r for r in world.relations.values() if r.templates[EDIT] == case.request.prompt)
     return case.request.rephrased(relation.templates[REPHRASING])
+
+
+def merged_record(case: Case) -> dict[str, Any]:
+    """A case of `demo_cases` as a record of the merged format, from which `read_cases` makes an equal case."""
+    request = case.request
+    return {
+        "case_id": case.case_id,
+        "requested_rewrite": {
+            "prompt": request.question,
+            "subject": request.subject,
+            "target_new": request.target_new,
+            "target_true": request.target_true,
+            "relation_id": case.case_id.rpartition("/")[2],
+            "target_new_id": request.target_new,
+        },
+        **{key: _prompted(case.probes[task]) for task, key in MERGED.items()},
+        "generation": {"prompts": list(case.generation)},
+    }
+
+
+def _prompted(probes: Sequence[Probe]) -> dict[str, list[str]]:
+    return {"prompts": [probe.text for probe in probes], "targets": [probe.right for probe in probes]}
 
 
 def _case(world: World, person: str, rng: random.Random) -> Case:
@@ -57,4 +87,5 @@ def _case(world: World, person: str, rng: random.Random) -> Case:
             "DNS": tuple(distracting(request, probe) for probe in neighbours),
             "RS": elsewhere,
         },
+        generation=tuple(fill(opening, person) for opening in GENERATION),
     )

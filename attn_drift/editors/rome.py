@@ -7,11 +7,9 @@ and with several wordings of the question, keys K = [k_1 .. k_m] (of each wordin
     w = C^-1 K (K^T C^-1 K)^-1 1,   Delta = delta_v w^T      (w . k_i = 1 for all i)
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from typing import overload
 
 import torch
@@ -19,9 +17,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.editors.presets import preset
 from attn_drift.edits import Edit
 from attn_drift.hooks import key_point, read
-from attn_drift.models import DEMO, check_finite, check_layer, check_model, fingerprint, float64_device
+from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
 from attn_drift.requests import SLOT, EditRequest, RequestTexts, request_texts
 from attn_drift.restriction import Restriction
@@ -65,15 +64,11 @@ class ROMEConfig(ValueConfig):
     @classmethod
     def for_model(cls, model: TransformerBridge) -> "ROMEConfig":
         """The preset of the model's name, or, said in the log, ROME's usual settings at a quarter of the depth."""
-        presets = json.loads((files("attn_drift") / "presets" / "rome.json").read_text(encoding="utf-8"))
-        name = str(model.cfg.model_name)
-        key = name.rstrip("/").split("/")[-1].lower()
-        preset = presets.get(key)
-        if key == DEMO and name != DEMO:  # some folder of that name
-            preset = None
-        if preset is not None and preset["layer"] < model.cfg.n_layers:
-            lengths = preset.get("context_lengths", ROME_LENGTHS)
-            return cls(**{**preset, "context_lengths": tuple(tuple(pair) for pair in lengths)})
+        settings = preset("rome", model)
+        if settings is not None:
+            lengths = tuple(tuple(pair) for pair in settings.get("context_lengths", ROME_LENGTHS))
+            own = {name: value for name, value in settings.items() if name != "gamma"}
+            return cls(**{**own, "context_lengths": lengths})
         layer = min(round(DEPTH * model.cfg.n_layers), max(0, model.cfg.n_layers - 2))
         log.warning(
             "%s has no preset for ROME: layer %d of %d was chosen by depth, the rest is ROME's usual; pass config=",

@@ -1,6 +1,5 @@
-"""Figures from the results of this package; every function returns a plotly Figure and shows nothing."""
+"""Figures of attention: where it drifts, what the last token looks at, layer by layer."""
 
-import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,13 +9,8 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from analysis.drift import AttentionDrift, SubjectAttention
+from analysis.plots.style import BAND, DIVERGING, SEQUENTIAL, TEMPLATE, colours, label, visible
 from attn_drift.attention import AttentionCapture
-from attn_drift.history import EditHistory
-
-DIVERGING = "RdBu"
-SEQUENTIAL = "Blues"
-COLOURS = ("#636363", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
-BAND = 0.15
 
 
 def drift_heatmap(drifts: AttentionDrift | Mapping[str, AttentionDrift], measure: str = "drift") -> go.Figure:
@@ -34,7 +28,7 @@ def drift_heatmap(drifts: AttentionDrift | Mapping[str, AttentionDrift], measure
         raise ValueError("no drift was given; expected at least one")
     tables = {name: _per_head(drift, measure) for name, drift in named.items()}
     limit = max(float(np.nanmax(np.abs(table.to_numpy()))) for table in tables.values()) or 1.0
-    figure = make_subplots(rows=1, cols=len(named), subplot_titles=[html.escape(name) for name in named])
+    figure = make_subplots(rows=1, cols=len(named), subplot_titles=[label(name) for name in named])
     for column, table in enumerate(tables.values(), start=1):
         figure.add_trace(
             go.Heatmap(
@@ -62,7 +56,7 @@ def drift_heatmap(drifts: AttentionDrift | Mapping[str, AttentionDrift], measure
             "cmax": limit,
             "colorbar": {"title": {"text": measure}},
         },
-        template="simple_white",
+        template=TEMPLATE,
     )
     return figure
 
@@ -93,14 +87,14 @@ def attention_rows(
     """
     _check_captures(captures, names, text, head)
     tokens = captures[0].tokens[text]
-    labels = [_visible(tokens.text[a:b]) or "[special]" for a, b in tokens.offsets]
+    labels = [visible(tokens.text[a:b]) or "[special]" for a, b in tokens.offsets]
     rows = [_last_rows(capture, text, head) for capture in captures]
     figure = make_subplots(
         rows=len(captures),
         cols=1,
         shared_xaxes=True,
         vertical_spacing=0.08,
-        subplot_titles=[html.escape(n) for n in names[: len(captures)]],
+        subplot_titles=[label(n) for n in names[: len(captures)]],
     )
     for i, (z, name) in enumerate(zip(rows, names, strict=False), start=1):
         figure.add_trace(
@@ -110,7 +104,7 @@ def attention_rows(
                 y=list(captures[0].layers),
                 customdata=np.tile(np.array(labels, dtype=object), (len(z), 1)),
                 coloraxis="coloraxis",
-                hovertemplate="layer %{y}, token %{x} %{customdata}: %{z:.3f}<extra>" + html.escape(name) + "</extra>",
+                hovertemplate="layer %{y}, token %{x} %{customdata}: %{z:.3f}<extra>" + label(name) + "</extra>",
             ),
             row=i,
             col=1,
@@ -123,7 +117,7 @@ def attention_rows(
         title=f"Attention of the last token ({what})",
         coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": 1, "colorbar": {"title": {"text": "attention"}}},
         height=150 + 190 * len(captures),
-        template="simple_white",
+        template=TEMPLATE,
     )
     return figure
 
@@ -153,7 +147,7 @@ def layer_maximum(attention: Mapping[str, SubjectAttention]) -> go.Figure:
         attention: by name, such as ``{"none": ..., "rome": ...}``.
     """
     figure = go.Figure()
-    for (name, values), colour in zip(attention.items(), _colours(len(attention)), strict=True):
+    for (name, values), colour in zip(attention.items(), colours(len(attention)), strict=True):
         per_text = values.last.amax(-1).numpy()
         mean = per_text.mean(0)
         sem = per_text.std(0, ddof=1) / np.sqrt(len(per_text)) if len(per_text) > 1 else np.zeros_like(mean)
@@ -162,7 +156,7 @@ def layer_maximum(attention: Mapping[str, SubjectAttention]) -> go.Figure:
         title="Attention of the last token to the subject: maximum over heads",
         xaxis={"title": "layer", "dtick": 1},
         yaxis={"title": "attention", "range": [0, 1.02]},
-        template="simple_white",
+        template=TEMPLATE,
     )
     return figure
 
@@ -182,94 +176,4 @@ def _line_with_band(
         showlegend=False,
         legendgroup=name,
     )
-    figure.add_scatter(
-        x=list(x), y=mean, name=html.escape(name), legendgroup=name, mode="lines+markers", line_color=colour
-    )
-
-
-def loss_history(histories: EditHistory | Mapping[str, EditHistory]) -> go.Figure:
-    """Every loss term at every step, one panel per edit.
-
-    Args:
-        histories: one history, or several by name.
-    """
-    named = {"": histories} if isinstance(histories, EditHistory) else dict(histories)
-    figure = make_subplots(rows=1, cols=len(named), shared_yaxes=True, subplot_titles=[html.escape(n) for n in named])
-    for column, history in enumerate(named.values(), start=1):
-        frame = history.to_frame()
-        for term, colour in zip(EditHistory.COLUMNS, _colours(len(EditHistory.COLUMNS)), strict=True):
-            figure.add_scatter(
-                x=list(frame.index),
-                y=frame[term],
-                name=term,
-                legendgroup=term,
-                showlegend=column == 1,
-                line={"color": colour, "dash": "dot" if term == "p_target" else "solid"},
-                row=1,
-                col=column,
-            )
-        figure.update_xaxes(title_text="step", row=1, col=column)
-    # Terms span orders of magnitude; what is zero has no place on the axis.
-    figure.update_yaxes(type="log", dtick=1)
-    figure.update_layout(
-        title="Loss terms of the value optimisation (dotted: probability of the target)", template="simple_white"
-    )
-    return figure
-
-
-def gamma_tradeoff(frame: pd.DataFrame, x: str = "DNS", y: str = "PS") -> go.Figure:
-    """What a restriction costs and what it saves: one line per editor, one point per gamma.
-
-    Args:
-        frame: columns ``editor``, ``gamma``, and the two scores as fractions; with ``<score>_low`` and
-            ``<score>_high`` there are error bars.
-        x, y: the scores.
-    """
-    missing = {"editor", "gamma", x, y} - set(frame.columns)
-    if missing:
-        raise ValueError(f"the table lacks the columns {sorted(missing)}; it has {list(frame.columns)}")
-    figure = go.Figure()
-    groups = list(frame.sort_values("gamma").groupby("editor", sort=False))
-    for (name, rows), colour in zip(groups, _colours(len(groups)), strict=True):
-        figure.add_scatter(
-            x=rows[x],
-            y=rows[y],
-            error_x=_error(rows, x),
-            error_y=_error(rows, y),
-            mode="lines+markers+text",
-            text=[f"{gamma:g}" for gamma in rows["gamma"]],
-            textposition="top center",
-            name=html.escape(str(name)),
-            line_color=colour,
-            hovertemplate=f"gamma %{{text}}: {x} %{{x:.3f}}, {y} %{{y:.3f}}<extra></extra>",
-        )
-    figure.update_layout(
-        title=f"{y} against {x}, by gamma",
-        xaxis={"title": x, "tickformat": ".0%"},
-        yaxis={"title": y, "tickformat": ".0%"},
-        template="simple_white",
-    )
-    return figure
-
-
-def _error(rows: pd.DataFrame, column: str) -> dict[str, object] | None:
-    low, high = f"{column}_low", f"{column}_high"
-    if low not in rows or high not in rows:
-        return None
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": (rows[high] - rows[column]).to_numpy(),
-        "arrayminus": (rows[column] - rows[low]).to_numpy(),
-        "thickness": 1,
-        "width": 2,
-    }
-
-
-def _colours(n: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(n)]
-
-
-def _visible(token: str) -> str:
-    """A token as a label: HTML escaped, white space made visible."""
-    return html.escape(token).replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    figure.add_scatter(x=list(x), y=mean, name=label(name), legendgroup=name, mode="lines+markers", line_color=colour)

@@ -1,0 +1,168 @@
+"""Methods: an editor with its settings and a restriction, by the name that commands use: ``rome+sadr:gamma=0.01``."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_origin, get_type_hints
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.editors.presets import preset_gamma
+from attn_drift.editors.rome import ROMEConfig, rome
+from attn_drift.edits import Edit
+from attn_drift.models import check_layer
+from attn_drift.requests import EditRequest
+from attn_drift.restriction import SADR
+
+NONE = "none"
+RESTRICTED = "sadr"
+
+
+@dataclass(frozen=True)
+class Editor:
+    """An editor as methods use it: its settings, and the function that makes edits."""
+
+    config: type[ROMEConfig]
+    edit: Callable[..., list[Edit]]
+
+
+EDITORS: dict[str, Editor] = {"rome": Editor(ROMEConfig, rome)}
+
+
+def _settable(kind: type) -> dict[str, Any]:
+    """The fields of a settings class that a name can set: numbers and words."""
+    hints = get_type_hints(kind)
+    return {
+        f.name: hints[f.name]
+        for f in fields(kind)
+        if hints[f.name] in (int, float, str) or get_origin(hints[f.name]) is Literal
+    }
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a name such as ``rome+sadr:gamma=0.01:steps=40`` says, before any model is known.
+
+    Attributes:
+        name: the name.
+        editor: a key of `EDITORS`; None for the unedited model.
+        settings: what replaces fields of the editor's preset.
+        restriction: what replaces fields of `SADR`; None for no restriction.
+    """
+
+    name: str
+    editor: str | None
+    settings: Mapping[str, Any]
+    restriction: Mapping[str, Any] | None
+
+    @classmethod
+    def parse(cls, name: str) -> "Method":
+        """Reads a name: ``none``, or an editor, ``+sadr`` or not, and ``:setting=value`` any number of times.
+
+        Raises:
+            ValueError: an unknown editor, restriction or setting, or a value that is not of its type.
+        """
+        if name == NONE:
+            return cls(NONE, None, {}, None)
+        head, *given = name.split(":")
+        editor, *restrictions = head.split("+")
+        if editor not in EDITORS:
+            raise ValueError(f"the editor {editor!r} of {name!r} is not known; expected {NONE!r} or {list(EDITORS)}")
+        if restrictions not in ([], [RESTRICTED]):
+            raise ValueError(
+                f"{name!r} asks for {'+'.join(restrictions)!r}; expected nothing or {RESTRICTED!r} after +"
+            )
+        settings, restriction = _settable(EDITORS[editor].config), _settable(SADR) if restrictions else {}
+        values: dict[str, Any] = {}
+        for item in given:
+            key, equals, text = item.partition("=")
+            if not equals or key not in settings | restriction:
+                raise ValueError(f"{item!r} of {name!r}: expected setting=value of {sorted(settings | restriction)}")
+            try:
+                values[key] = TypeAdapter((settings | restriction)[key]).validate_python(text)
+            except ValidationError as error:
+                raise ValueError(f"{item!r} of {name!r}: {error.errors()[0]['msg']}") from error
+        return cls(
+            name,
+            editor,
+            {key: value for key, value in values.items() if key in settings},
+            {key: value for key, value in values.items() if key in restriction} if restrictions else None,
+        )
+
+    def bind(self, model: TransformerBridge) -> "BoundMethod":
+        """The method with the model's presets filled in.
+
+        Raises:
+            ValueError: a setting out of its range, or a layer that the model does not have.
+        """
+        if self.editor is None:
+            return BoundMethod(self, None, None)
+        config = replace(EDITORS[self.editor].config.for_model(model), **self.settings)
+        check_layer(model, config.layer)
+        if self.restriction is None:
+            return BoundMethod(self, config, None)
+        weight = {} if "gamma" in self.restriction else {"gamma": preset_gamma(self.editor, model, config.layer)}
+        restrict = SADR(**{**weight, **self.restriction})
+        restrict.restricted_layers(model, config.layer)
+        return BoundMethod(self, config, restrict)
+
+
+def parse_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of a list of names, the unedited model first whether or not it is named.
+
+    Raises:
+        ValueError: a bad name, or one given twice.
+    """
+    names = [name.strip() for name in names if name.strip() and name.strip() != NONE]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{twice} are given twice; expected each method once")
+    return [Method.parse(name) for name in (NONE, *names)]
+
+
+@dataclass(frozen=True)
+class BoundMethod:
+    """A method for one model.
+
+    Attributes:
+        method: what was asked for.
+        config: the editor's settings; None for the unedited model.
+        restrict: the restriction, if any.
+    """
+
+    method: Method
+    config: ROMEConfig | None
+    restrict: SADR | None
+
+    @property
+    def gamma(self) -> float:
+        """Weight of the restriction; 0 without one."""
+        return 0.0 if self.restrict is None else self.restrict.gamma
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimiser; 0 for the unedited model."""
+        return 0 if self.config is None else self.config.steps
+
+    def edits(self, model: TransformerBridge, requests: Sequence[EditRequest], seed: int) -> list[Edit] | None:
+        """An edit for each request, with contexts sampled from ``seed``; None for the unedited model."""
+        if self.method.editor is None:
+            return None
+        return EDITORS[self.method.editor].edit(
+            model,
+            list(requests),
+            config=self.config,
+            restrict=self.restrict,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """All settings, as JSON takes them."""
+        return {
+            "editor": self.method.editor,
+            "config": None if self.config is None else asdict(self.config),
+            "restrict": None if self.restrict is None else repr(self.restrict),
+            "gamma": self.gamma,
+            "steps": self.steps,
+        }

@@ -1,0 +1,30 @@
+"""What the figures share: colours, template, labels."""
+
+import html
+
+DIVERGING = "RdBu"
+SEQUENTIAL = "Blues"
+COLOURS = ("#636363", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+BAND = 0.15
+TEMPLATE = "simple_white"
+
+
+def colours(n: int) -> list[str]:
+    """The first ``n`` colours, from the start again when they run out."""
+    return [COLOURS[i % len(COLOURS)] for i in range(n)]
+
+
+def faded(colour: str, opacity: float) -> str:
+    """A colour of ``COLOURS`` that lets what is behind it through."""
+    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
+
+
+def label(text: object) -> str:
+    """Any text as a label: HTML escaped, but for quotes, whose names plotly shows as they are (``&quot;``)."""
+    return html.escape(str(text), quote=False)
+
+
+def visible(token: str) -> str:
+    """A token as a label: HTML escaped, white space made visible."""
+    return label(token).replace(" ", "·").replace("\n", "↵").replace("\t", "→")

@@ -1,0 +1,144 @@
+"""What a benchmark's folder holds: scores, rows, paired differences, failures, as tables."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.methods import NONE
+from analysis.scores import MEASURES, PROSE, Scores, results_row
+
+CONFIG = "config.json"
+
+# Pairs of tasks with the same texts, without and with the edit sentence before them.
+DISTRACTED = {"DNS": "NS", "distracted_commonsense": "commonsense"}
+
+NUMBERS = ["case", "task", *MEASURES, "value", "weight", "error"]
+
+
+def part_path(folder: Path, method: str, chunk: int) -> Path:
+    """The file of a chunk."""
+    return folder / "parts" / re.sub(r"[^\w.+=-]", "_", method) / f"{chunk:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A benchmark's folder, read when it is first asked for.
+
+    Raises:
+        FileNotFoundError: it is none.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+        if not (self.folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{self.folder.absolute()} is no benchmark: it has no {CONFIG}")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        return config
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods, the unedited model first."""
+        return list(self.config["methods"])
+
+    def scores(self, method: str, texts: bool = True) -> Scores:
+        """All scores of a method.
+
+        Args:
+            method: its name.
+            texts: with texts, objects and continuations; without them a tenth of the memory is needed.
+
+        Raises:
+            KeyError: there is no such method.
+        """
+        table = self._parts(method, None if texts else NUMBERS)
+        return Scores(table[table["error"].isna()].drop(columns="error").reset_index(drop=True))
+
+    @cached_property
+    def failures(self) -> pd.DataFrame:
+        """The cases that failed: ``method``, ``case``, ``error``."""
+        tables = [self._parts(name, ["case", "error"]).dropna().assign(method=name) for name in self.methods]
+        return pd.concat(tables, ignore_index=True)[["method", "case", "error"]]
+
+    def _parts(self, method: str, columns: list[str] | None) -> pd.DataFrame:
+        if method not in self.methods:
+            raise KeyError(f"the benchmark has no method {method!r}; it has {self.methods}")
+        paths = sorted(part_path(self.folder, method, 0).parent.glob("*.parquet"))
+        if not paths:
+            raise FileNotFoundError(f"no part of {method!r} has been written to {self.folder} yet")
+        return pd.concat([pd.read_parquet(path, columns=columns) for path in paths], ignore_index=True)
+
+    @cached_property
+    def _numbers(self) -> dict[str, Scores]:
+        return {name: self.scores(name, texts=False) for name in self.methods}
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per method, laid out as in the demo's ``results.json``."""
+        settings = self.config["methods"]
+        return [
+            results_row(name, settings[name]["gamma"], settings[name]["steps"], scores)
+            for name, scores in self._numbers.items()
+        ]
+
+    @cached_property
+    def long(self) -> pd.DataFrame:
+        """`rows` as a table: ``editor``, ``metric``, ``mean``, ``low``, ``high``, ``half_width``, ``n``."""
+        cells = [
+            {"editor": row["editor"], "metric": metric, **cell}
+            for row in self.rows
+            for metric, cell in row.items()
+            if isinstance(cell, dict)
+        ]
+        columns = ["editor", "metric", "mean", "low", "high", "half_width", "n"]
+        return pd.DataFrame(cells, columns=columns)
+
+    @cached_property
+    def differences(self) -> pd.DataFrame:
+        """Paired differences: ``first``, ``second``, ``metric``, ``difference``, ``low``, ``high``, ``p``, ``n``.
+
+        Every method against the unedited model (damage by the edit) and against the first editor; and the unedited
+        model after the edit sentence against itself without it (distraction by the context alone).
+        """
+        numbers, editors = self._numbers, self.methods[1:]
+        pairs = [(name, NONE) for name in editors] + [(name, editors[0]) for name in editors[1:]]
+        rows = [
+            {"first": first, "second": second, **row}
+            for first, second in pairs
+            for row in _differences(numbers[first], numbers[second])
+        ]
+        columns = ["first", "second", "metric", "difference", "low", "high", "p", "n"]
+        return pd.DataFrame([*self._distraction(numbers[NONE]), *rows], columns=columns)
+
+    def _distraction(self, unedited: Scores) -> list[dict[str, Any]]:
+        rows = []
+        for task, plain in DISTRACTED.items():
+            frame = unedited.frame
+            after, before = Scores(frame[frame["task"] == task]), frame[frame["task"] == plain].assign(task=task)
+            for row in _differences(after, Scores(before)):
+                rows.append({"first": f"{NONE}, after the edit sentence", "second": f"{NONE}, without it", **row})
+        return rows
+
+
+def _differences(first: Scores, second: Scores) -> list[dict[str, Any]]:
+    rows = []
+    for task in first.tasks:
+        for measure in ("value",) if task in PROSE else MEASURES:
+            name = task if measure in ("value", "success") else f"{task}_{measure}"
+            try:
+                found = first.difference(second, task, measure)
+            except KeyError:  # not measured
+                continue
+            row = {"metric": name, "difference": found.mean, "low": found.low, "high": found.high, "p": found.p}
+            rows.append({**row, "n": found.n})
+    return rows

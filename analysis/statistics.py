@@ -1,0 +1,116 @@
+"""Intervals and comparisons of means over texts whose cases, not whose texts, are independent.
+
+Every score is a ratio of sums over cases, ``sum(totals) / sum(counts)``: successes over texts, or losses over tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from transformer_lens.utilities import sign_flip_permutation_pvalue
+
+RESAMPLES = 2000
+RESAMPLES_AT_ONCE = 100
+PERMUTATIONS = 9999
+NORMAL = 1.96
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with two 95 % intervals.
+
+    Attributes:
+        mean: over all texts.
+        low, high: of a bootstrap over cases, since texts of one case are not independent.
+        half_width: the paper's interval is ``mean`` plus and minus this, 1.96 standard errors with all texts pooled as
+            if they were independent; None where a mean over texts is not what is reported, or there is one text.
+        n: number of cases.
+        n_texts: number of texts.
+    """
+
+    mean: float
+    low: float
+    high: float
+    half_width: float | None
+    n: int
+    n_texts: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference, first minus second, on the cases that both have.
+
+    Attributes:
+        mean: of the difference.
+        low, high: its 95 % interval from a bootstrap over cases.
+        p: two-sided, that each case's difference is as likely to have the other sign.
+        n: number of cases.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def resampled_means(
+    totals: Float[Array, "case metric"], counts: Float[Array, "case metric"], seed: int
+) -> Float[Array, "resample metric"]:
+    """``sum(totals) / sum(counts)`` of each metric in `RESAMPLES` draws of all cases with replacement.
+
+    NaN where a draw has no text of a metric.
+    """
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
+        # The same draw for every metric, so that metrics may be combined.
+        drawn = rng.integers(len(totals), size=(RESAMPLES_AT_ONCE, len(totals)))
+        with np.errstate(invalid="ignore"):
+            means.append(totals[drawn].sum(1) / counts[drawn].sum(1))
+    return np.concatenate(means)
+
+
+def bootstrap(
+    totals: Array,
+    counts: Array,
+    seed: int,
+    statistic: Callable[[Float[Array, "resample metric"]], Float[Array, " resample"]] = lambda means: means[:, 0],
+) -> tuple[float, float]:
+    """95 % percentile interval when cases are drawn with replacement.
+
+    Args:
+        totals, counts: per case, or per case and metric.
+        seed: of the draws.
+        statistic: of the means of all metrics; the mean of the first metric by default.
+    """
+    shape = (len(totals), -1)
+    means = resampled_means(totals.astype(np.float64).reshape(shape), counts.astype(np.float64).reshape(shape), seed)
+    low, high = np.nanquantile(statistic(means), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def pooled_half_width(per_text: Array) -> float | None:
+    """1.96 standard errors of the mean of all texts; None for a single text."""
+    if len(per_text) < 2:
+        return None
+    return float(NORMAL * per_text.std(ddof=1) / np.sqrt(len(per_text)))
+
+
+def sign_flip_p(differences: Array) -> float:
+    """Two-sided p of the mean of per-case differences, by flipping their signs (exact for up to 12 cases)."""
+    values = torch.as_tensor(np.asarray(differences, dtype=np.float64))
+    return float(sign_flip_permutation_pvalue(values, n_permutations=PERMUTATIONS))
+
+
+def harmonic_mean(means: Float[Array, "resample metric"]) -> Float[Array, " resample"]:
+    """Harmonic mean over metrics; 0 where one of them is 0."""
+    with np.errstate(divide="ignore"):
+        result: Array = means.shape[1] / (1 / means).sum(1)
+    return result

@@ -1,0 +1,268 @@
+"""Case files: CounterFact, zsRE, WikiData and the merged set, recognised by content, validated, streamed.
+
+A file is gone through once before anything else happens, so that what is wrong with a record comes to light before a
+model runs; its cases are then read again as they are needed. Of the file no more than a record and the identities of
+the cases is in memory.
+"""
+
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
+from itertools import chain, islice
+from pathlib import Path
+
+import ijson
+from ijson.common import ObjectBuilder
+
+from attn_drift.cases import Case
+from attn_drift.records import FORMATS, RecordError, SnippetsRecord, checked, recognised, shortened
+
+CHUNK = 2**20
+DEEPEST = 100
+N_MESSAGES = 10
+
+_DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class ListFile:
+    """A file with a list in JSON, as it was when `scan` read it.
+
+    Attributes:
+        path: where it is.
+        sha256: digest of its content, in hexadecimal.
+        stamp: its size in bytes, and the time of its last change in nanoseconds.
+        surrogates: whether characters are written as escapes of surrogates, so that one may lack its partner.
+    """
+
+    path: Path
+    sha256: str
+    stamp: tuple[int, int]
+    surrogates: bool
+
+    @classmethod
+    def scan(cls, path: str | Path) -> "ListFile":
+        """Digests a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path.absolute()}")
+        digest, tail, surrogates = hashlib.sha256(), b"", False
+        with path.open("rb") as file:
+            stamp = _stamp(file)
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                surrogates = surrogates or _SURROGATE.search(tail + chunk) is not None
+                tail = chunk[-3:]
+        return cls(path, digest.hexdigest(), stamp, surrogates)
+
+    def items(self) -> Iterator[object]:
+        """Streams the list's elements.
+
+        Raises:
+            ValueError: the file is damaged, is no list in JSON, or has changed since it was scanned.
+        """
+        with self.path.open("rb") as file:
+            for item in self._parsed(file):
+                self._check_unchanged(file)
+                yield item
+            self._check_unchanged(file)
+
+    def _parsed(self, file: BufferedReader) -> Iterator[object]:
+        # yajl, the fast parser, reads a surrogate without its partner as some other character.
+        parser = ijson.get_backend("python") if self.surrogates else ijson
+        n = 0
+        try:
+            for item in _elements(parser.basic_parse(file)):
+                yield item
+                n += 1
+        except (ijson.JSONError, ValueError) as error:
+            self._check_unchanged(file)
+            reason = shortened(str(error).partition("\n")[0])
+            raise ValueError(
+                f"{self.path} is damaged or no list in JSON: {reason} ({n} records were read before)"
+            ) from error
+
+    def _check_unchanged(self, file: BufferedReader) -> None:
+        if _stamp(file) != self.stamp:
+            raise ValueError(f"{self.path} has changed since it was validated; read it anew")
+
+
+def _stamp(file: BufferedReader) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _elements(events: Iterator[tuple[str, object]]) -> Iterator[object]:
+    """Builds the elements of a list from the events of a parser.
+
+    ``ijson.items`` would name the path of every bracket, which for brackets in brackets fills the memory, and would
+    take what is no list for an empty one.
+    """
+    if next(events)[0] != "start_array":
+        raise ValueError("it is not a list")
+    depth, builder = 1, ObjectBuilder()
+    for event, value in events:
+        depth += _DEPTH.get(event, 0)
+        if depth > DEEPEST:
+            raise ValueError(f"its values are nested more than {DEEPEST} deep")
+        if depth:
+            builder.event(event, value)
+        if depth == 1:
+            yield builder.value
+            builder = ObjectBuilder()
+
+
+@dataclass(frozen=True)
+class Snippets:
+    """Reference texts for consistency: what has been written about things with the same object.
+
+    Attributes:
+        sha256: digest of the file that they are from.
+        by_object: the texts by the identities of relation and object.
+    """
+
+    sha256: str
+    by_object: Mapping[tuple[str, str], tuple[str, ...]] = field(repr=False)
+
+    def texts(self, relation_id: str | None, target_id: str | None) -> tuple[str, ...]:
+        """The texts about what has one object; none where there are none, or an identity is not known (None)."""
+        return () if relation_id is None or target_id is None else self.by_object.get((relation_id, target_id), ())
+
+    @property
+    def corpus(self) -> Iterable[str]:
+        """All texts."""
+        return chain.from_iterable(self.by_object.values())
+
+
+def read_snippets(path: str | Path) -> Snippets:
+    """Reads reference texts from an ``attribute_snippets.json``; they are kept in memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or no list in JSON, or a record is not what it should be.
+    """
+    file = ListFile.scan(path)
+    texts: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for index, item in enumerate(file.items()):
+        try:
+            record = checked(SnippetsRecord, item)
+        except RecordError as error:
+            raise ValueError(f"{path}, record {index}: {error}") from None
+        texts[record.relation_id, record.target_id] += [sample.text for sample in record.samples]
+    return Snippets(file.sha256, {ids: tuple(found) for ids, found in texts.items()})
+
+
+@dataclass(frozen=True)
+class CaseFile:
+    """The cases of a file, all of them known to be valid; each pass over them reads the file again.
+
+    Attributes:
+        file: the file.
+        format: "merged", "counterfact", "zsre" or "wikidata".
+        n: number of cases.
+        n_skipped: number of records before the last case that made none.
+        skipped: what was wrong with the first of them.
+        snippets: where the cases' reference texts are from.
+    """
+
+    file: ListFile = field(repr=False)
+    format: str
+    n: int
+    n_skipped: int
+    skipped: tuple[str, ...]
+    snippets: Snippets | None = field(repr=False, default=None)
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self.file.path
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the whole file, in hexadecimal."""
+        return self.file.sha256
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Case]:
+        """Streams the cases.
+
+        Raises:
+            ValueError: the file has changed since it was validated.
+        """
+        return islice(_Reading(self.file, self.snippets, skip_invalid=True), self.n)
+
+
+def read_cases(
+    path: str | Path, snippets: Snippets | None = None, skip_invalid: bool = False, limit: int | None = None
+) -> CaseFile:
+    """Validates a case file, record by record.
+
+    Args:
+        path: a list in JSON, whose records have one of the formats in `attn_drift.records.FORMATS`.
+        snippets: reference texts, for the cases whose record names its relation and new object.
+        skip_invalid: leave invalid records out and count them; otherwise the first one is an error. (Records that
+            their format itself has left out, zsRE's without a new answer, are always skipped and counted.)
+        limit: stop after so many cases, at least 1; what follows in the file is not validated.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an invalid record, named with index and field; a damaged file, or one without any case.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; expected at least 1, or None for all cases")
+    file = ListFile.scan(path)
+    reading = _Reading(file, snippets, skip_invalid)
+    n = sum(1 for _ in islice(reading, limit))
+    if not n and reading.skipped:
+        raise ValueError(f"no record of {path} is valid: {reading.n_skipped} were read; {reading.skipped[0]}")
+    if not n:
+        raise ValueError(f"the list in {path} is empty: 0 records were read")
+    return CaseFile(file, reading.format, n, reading.n_skipped, tuple(reading.skipped), snippets)
+
+
+class _Reading:
+    """One pass over a file's records: an iterable of cases, which notes what it skips on the way."""
+
+    def __init__(self, file: ListFile, snippets: Snippets | None, skip_invalid: bool) -> None:
+        self.file, self.snippets, self.skip_invalid = file, snippets, skip_invalid
+        self.format = ""
+        self.n_skipped = 0
+        self.skipped: list[str] = []
+        self._index_of: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Case]:
+        for index, item in enumerate(self.file.items()):
+            try:
+                yield self._case(index, item)
+            except RecordError as error:
+                if not (self.skip_invalid or error.omitted):
+                    raise ValueError(
+                        f"{self.file.path}, record {index}: {error} (mend the record, or leave invalid ones out with "
+                        "--skip-invalid, in Python skip_invalid=True)"
+                    ) from None
+                self.n_skipped += 1
+                if len(self.skipped) < N_MESSAGES:
+                    self.skipped.append(f"record {index}: {error}")
+
+    def _case(self, index: int, item: object) -> Case:
+        self.format = self.format or recognised(item)
+        record = checked(FORMATS[self.format], item)
+        case = record.case(index)
+        first = self._index_of.setdefault(case.case_id, index)
+        if first != index:
+            raise RecordError("case_id", f"{shortened(case.case_id, 40)!r} is that of record {first}; expected another")
+        if self.snippets:
+            case = replace(case, references=self.snippets.texts(*record.object_ids))
+        return case

@@ -1,0 +1,49 @@
+"""Settings for published models, by editor and model name: data in ``attn_drift/presets``."""
+
+import json
+import logging
+from importlib.resources import files
+from typing import Any
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.models import DEMO
+
+log = logging.getLogger(__name__)
+
+# gamma x restricted heads of the published setting: 0.01 on the 22 x 16 heads above ROME's layer of GPT-J.
+GAMMA_TIMES_HEADS = 3.5
+
+
+def preset(editor: str, model: TransformerBridge) -> dict[str, Any] | None:
+    """The settings of an editor for a model, found by the last part of the model's name; None where there are none."""
+    presets = json.loads((files("attn_drift") / "presets" / f"{editor}.json").read_text(encoding="utf-8"))
+    name = str(model.cfg.model_name)
+    key = name.rstrip("/").split("/")[-1].lower()
+    found: dict[str, Any] | None = presets.get(key)
+    if found is None or found["layer"] >= model.cfg.n_layers:
+        return None
+    # A folder may be called as the demo model is.
+    return None if key == DEMO and name != DEMO else found
+
+
+def preset_gamma(editor: str, model: TransformerBridge, layer: int) -> float:
+    """SADR's weight for an editor and model: the preset, or, said in the log, one that scales with the heads held.
+
+    L_SADR sums over restricted layers and heads, so that a weight transfers to another model as its product with them.
+    """
+    settings = preset(editor, model)
+    if settings is not None and "gamma" in settings:
+        return float(settings["gamma"])
+    heads = max(1, model.cfg.n_layers - 1 - layer) * model.cfg.n_heads
+    gamma = float(f"{GAMMA_TIMES_HEADS / heads:.2g}")
+    log.warning(
+        "%s has no preset weight of SADR for %s: gamma %g was chosen so that its product with the %d heads above layer "
+        "%d is that of the published setting; give gamma= to choose another",
+        model.cfg.model_name,
+        editor,
+        gamma,
+        heads,
+        layer,
+    )
+    return gamma
