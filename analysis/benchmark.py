@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from attn_drift.datasets import CaseFile, Snippets
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -25,6 +25,7 @@ from analysis.methods import parse_methods
 from analysis.results import CONFIG, Results, part_path
 from analysis.summary import write_summaries
 from attn_drift.cases import Case
+from attn_drift.datasets import CaseFile, Snippets
 from attn_drift.files import replacing
 
 log = logging.getLogger(__name__)
@@ -76,20 +77,31 @@ def benchmark(
         raise ValueError(f"batch_cases is {batch_cases}; expected at least 1")
     plan = Plan(tuple(parse_methods(methods)), seed, tuple(corpus), snippets)
     _check_engine(engine, model)
-    out.mkdir(parents=True, exist_ok=True)
+    with _alone_in(out):
+        running: Engine
+        if engine == "ray":
+            running = RayEngine(str(model), plan, options, workers, address)
+        else:
+            running = LocalEngine(Worker(model, plan, options))
+        try:
+            return _run(running, plan, cases, out, batch_cases)
+        finally:
+            running.close()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """A block that only one process runs in a folder; the system releases the lock of a process that is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
     try:
-        with FileLock(out / ".lock").acquire(timeout=0):
-            running: Engine
-            if engine == "ray":
-                running = RayEngine(str(model), plan, options, workers, address)
-            else:
-                running = LocalEngine(Worker(model, plan, options))
-            try:
-                return _run(running, plan, cases, out, batch_cases)
-            finally:
-                running.close()
+        with FileLock(path).acquire(timeout=0):
+            yield
+            path.unlink(missing_ok=True)
     except Timeout as error:
-        raise RuntimeError(f"another process runs a benchmark in {out}; wait for it, or give another folder") from error
+        raise RuntimeError(
+            f"another process runs a benchmark in {folder}; wait for it, or give another folder"
+        ) from error
 
 
 def _check_engine(engine: str, model: TransformerBridge | str) -> None:

@@ -8,10 +8,9 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
-from attn_drift.datasets import Snippets
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.fluency import Consistency, perplexity, prose
@@ -19,6 +18,7 @@ from analysis.methods import NONE, BoundMethod, Method
 from analysis.scores import DTYPES, Scores
 from analysis.specificity import score
 from attn_drift.cases import Case
+from attn_drift.datasets import Snippets
 from attn_drift.files import cache_path, keeping, replacing
 from attn_drift.hooks import is_hooked
 from attn_drift.models import load_model, origin
@@ -143,6 +143,7 @@ def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return Scores.from_rows(rows).frame.assign(error=[row["error"] for row in rows]).astype(PART_DTYPES)
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What computes jobs."""
 

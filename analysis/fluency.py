@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.generation import Opening, continuations
 from analysis.scores import Scores
-from analysis.specificity import Question, answer
+from analysis.specificity import Question, answer, check_input
 from attn_drift.cases import Case
 from attn_drift.edits import Edit
 from attn_drift.tokens import Completion, encode
@@ -75,8 +75,10 @@ def prose(
         consistency: how references are compared; without it there is no CS.
 
     Raises:
-        ValueError: a prompt that does not fit the model's context together with 100 tokens.
+        ValueError: a number of edits other than that of cases, or a prompt that does not fit the model's context
+            together with 100 tokens.
     """
+    check_input(model, cases, edits)
     openings = [
         Opening(None if edits is None else edits[i], encode(model, prompt), LENGTH, _seed(seed, case.case_id, place))
         for i, case in enumerate(cases)
@@ -110,8 +112,10 @@ def perplexity(
     The reported PPL is the exponential of the mean over all predicted tokens of all texts.
 
     Raises:
-        ValueError: a text of fewer than two tokens, or longer than the model's context.
+        ValueError: a number of edits other than that of cases, or a text of fewer than two tokens, or longer than the
+            model's context.
     """
+    check_input(model, cases, edits)
     completions = []
     for text in texts:
         tokens = encode(model, text)

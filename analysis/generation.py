@@ -6,13 +6,14 @@ Rows share batches, but what one gets does not depend on the others: randomness 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from attn_drift.edits import Edit, applied_to_rows
 from attn_drift.tokens import Tokens, own_tokenizer, pad
@@ -39,7 +40,9 @@ class Opening:
 
 
 def continuations(model: TransformerBridge, openings: Sequence[Opening]) -> list[str]:
-    """The model's own continuations, of ``length`` tokens each; end tokens do not stop them and are left out.
+    """The model's own continuations, of ``length`` tokens each.
+
+    End tokens do not stop them and are left out; no word goes on across one.
 
     Sampling is from the 5 most probable tokens, as in the paper's fluency.
 
@@ -56,17 +59,25 @@ def continuations(model: TransformerBridge, openings: Sequence[Opening]) -> list
     texts: dict[int, str] = {}
     tokenizer = own_tokenizer(model)
     with tqdm(total=len(openings), desc="continuing texts", leave=False) as progress:
-        for group in _groups(openings):
+        for group in _groups(model, openings):
             rows = [openings[i] for i in group]
             generated = _generate(model, rows)
             for i, row, ids in zip(group, rows, generated.tolist(), strict=True):
-                texts[i] = tokenizer.decode(ids[: row.length], skip_special_tokens=True)
+                texts[i] = _text(tokenizer, ids[: row.length])
             progress.update(len(group))
     return [texts[i] for i in range(len(openings))]
 
 
-def _groups(openings: Sequence[Opening]) -> Iterator[list[int]]:
-    """Indices in batches of like length, sampled and greedy ones apart."""
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    special = set(tokenizer.all_special_ids)
+    parts = [list(part) for left_out, part in groupby(ids, special.__contains__) if not left_out]
+    return " ".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+
+
+def _groups(model: TransformerBridge, openings: Sequence[Opening]) -> Iterator[list[int]]:
+    """Indices in batches of like length that fit the context together, sampled and greedy ones apart."""
+    # Hugging Face's Llama attention turns padding in float64 into NaN.
+    padded = next(model.parameters()).dtype != torch.float64
     order = sorted(
         range(len(openings)), key=lambda i: (openings[i].seed is None, openings[i].length, len(openings[i].tokens))
     )
@@ -74,7 +85,12 @@ def _groups(openings: Sequence[Opening]) -> Iterator[list[int]]:
     for i in order:
         first = openings[group[0]] if group else openings[i]
         other_kind = (openings[i].seed is None) != (first.seed is None)
-        if group and (len(group) == ROWS_AT_ONCE or other_kind or openings[i].length > 2 * first.length):
+        other_length = openings[i].length > 2 * first.length
+        # All rows are continued by as many tokens as the longest continuation has.
+        longest = max(len(openings[j].tokens) for j in (*group, i))
+        too_long = longest + openings[i].length > model.cfg.n_ctx
+        uneven = not padded and len(openings[i].tokens) != len(first.tokens)
+        if group and (len(group) == ROWS_AT_ONCE or other_kind or other_length or too_long or uneven):
             yield group
             group = []
         group.append(i)

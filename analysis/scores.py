@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,10 +100,29 @@ class Scores:
         return pd.DataFrame({"case": texts["case"].to_numpy(), "value": values, "weight": weights})
 
     def per_case(self, task: str, column: str | None = None) -> pd.DataFrame:
-        """Weighted sums of each case, index ``case``, columns ``total`` and ``count``: means are of ratios of them."""
-        texts = self.measured(task, column)
-        texts = texts.assign(total=texts["value"] * texts["weight"], count=texts["weight"])
-        return texts.groupby("case", sort=False)[["total", "count"]].sum()
+        """Weighted sums of each case, index ``case``, columns ``total`` and ``count``: means are ratios of their sums.
+
+        Raises:
+            KeyError: nothing of that task was measured so.
+        """
+        column = column or ("value" if task in PROSE else "success")
+        totals, counts = self._sums
+        if task in self.tasks:
+            sums = pd.DataFrame({"total": totals.loc[task, column], "count": counts.loc[task, column]})
+            sums = sums[sums["count"] > 0]
+            if len(sums):
+                return sums
+        raise KeyError(f"no {column!r} was measured on a text of {task!r}; there are the tasks {self.tasks}")
+
+    @cached_property
+    def _sums(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Weighted sums, and sums of weights, of every column of numbers: index ``task``, ``case``."""
+        columns = [name for name in (*MEASURES, "value") if name in self.frame]
+        values = self.frame[columns].astype("float64")
+        weights = self.frame["weight"] if "weight" in self.frame else pd.Series(1.0, self.frame.index)
+        groups = [self.frame["task"], self.frame["case"]]
+        totals = values.mul(weights, axis=0).groupby(groups, sort=False).sum()
+        return totals, values.notna().mul(weights, axis=0).groupby(groups, sort=False).sum()
 
     def interval(self, task: str, column: str | None = None, seed: int = 0) -> Interval:
         """Mean of a column over the texts of a task, with its intervals; for PPL the exponential of the mean.
@@ -138,13 +158,14 @@ class Scores:
             KeyError: there is no case on which both were measured.
         """
         mine, theirs = self.per_case(task, column), other.per_case(task, column)
-        both = mine.join(theirs, how="inner", rsuffix="_other")
+        both = mine.merge(theirs, left_index=True, right_index=True, suffixes=("", "_other"))
         if both.empty:
             raise KeyError(f"no case has texts of the task {task!r} in both scores")
         totals, counts = both[["total", "total_other"]].to_numpy(), both[["count", "count_other"]].to_numpy()
         means = totals.sum(0) / counts.sum(0)
         low, high = bootstrap(totals, counts, seed, lambda drawn: drawn[:, 0] - drawn[:, 1])
-        p = sign_flip_p(totals[:, 0] / counts[:, 0].mean() - totals[:, 1] / counts[:, 1].mean())
+        # A multiple of each case's share of the difference, exact for counts, so that ties are seen as ties.
+        p = sign_flip_p(totals[:, 0] * counts[:, 1].sum() - totals[:, 1] * counts[:, 0].sum())
         return Difference(float(means[0] - means[1]), low, high, p, len(both))
 
     def summary(self) -> pd.DataFrame:
@@ -154,10 +175,11 @@ class Scores:
             texts = self.frame[self.frame["task"] == task]
             main = texts["value" if task in PROSE else "success"]
             interval = vars(self.interval(task)) if main.notna().any() else {}
-            others = {} if task in PROSE else {name: texts[name].mean() for name in MEASURES[1:] if name in texts}
+            names = () if task in PROSE else [name for name in MEASURES[1:] if name in texts]
+            others = {name: texts[name].astype("float64").mean() for name in names}
             rows.append({"task": task, **interval, **others})
         columns = ["mean", "low", "high", "half_width", *MEASURES[1:], "n", "n_texts"]
-        return pd.DataFrame(rows).set_index("task").reindex(columns=columns)
+        return pd.DataFrame(rows, columns=["task", *columns]).set_index("task")
 
 
 def results_row(editor: str, gamma: float, steps: int, scores: Scores) -> dict[str, Any]:

@@ -46,11 +46,9 @@ def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit 
     Raises:
         ValueError: no cases, a number of edits other than that of cases, or a text longer than the context.
     """
-    check_model(model)
+    check_input(model, cases, edits)
     if not cases:
         raise ValueError("no cases were given; expected at least one")
-    if edits is not None and len(edits) != len(cases):
-        raise ValueError(f"{len(edits)} edits were given for {len(cases)} cases; expected one for each")
     probes = [
         (cases[index].case_id, task, probe, None if edits is None else edits[index])
         for index, case in enumerate(cases)
@@ -68,6 +66,13 @@ def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit 
         for (case_id, task, probe, _), a in zip(probes, asked, strict=True)
     ]
     return Scores.from_rows(rows)
+
+
+def check_input(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit | None] | None) -> None:
+    """Raises a ValueError when the model cannot be scored, or the edits are not one for each case."""
+    check_model(model)
+    if edits is not None and len(edits) != len(cases):
+        raise ValueError(f"{len(edits)} edits were given for {len(cases)} cases; expected one for each")
 
 
 @dataclass(frozen=True, eq=False)

@@ -142,16 +142,16 @@ def benchmark_sections(results: Results) -> list[Section]:
     long = results.long
     shown = long[long["metric"].isin(TABLE) & ~long["metric"].isin(PROSE) | long["metric"].eq("FL")]
     bars = [] if shown.empty else [plots.metric_bars(shown)]
-    sections = [
-        Section("Scores", [_settings(results), POOLED], table_three(results.rows), bars),
+    sections = [Section("Scores", [_settings(results), POOLED], table_three(results.rows), bars)]
+    if len(results.methods) > 2 and not shown.empty:
+        first, second = results.methods[1:3]
+        figure = plots.case_scatter({name: results.scores(name, texts=False) for name in (first, second)})
+        said = "One point per case: the mean probability of the right object over its texts."
+        sections.append(Section(f"Case by case: {second} against {first}", [said], None, [figure]))
+    sections += [
         Section("Every measure", [EXPLAINED], with_intervals(results.rows)),
         Section("Paired differences", [PAIRED], paired(results)),
     ]
-    if len(results.methods) > 2 and not shown.empty:
-        first, second = results.methods[1:3]
-        pair = {name: results.scores(name, texts=False) for name in (first, second)}
-        figure = plots.case_scatter(pair)
-        sections.append(Section(f"Case by case: {second} against {first}", ["One point per case."], None, [figure]))
     if len(results.failures):
         sections.append(Section("Failed", [], results.failures))
     return sections

@@ -1,123 +1,284 @@
-"""Scores against a slow computation of one text at a time; intervals; cases of the demo world."""
+"""Scores against a slow computation of one text at a time; when an answer begins a text; cases of the demo world."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from analysis.scores import Scores, results_row
-from small_models import make_hf_model, make_tokenizer
+from conftest import n_hooks
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_models import ARCHITECTURES
 from test_edits import random_edit
+from test_generation import Plain, bridge, edit_of, plain
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attn_drift as ad
-from analysis.specificity import score
-from analysis.statistics import bootstrap
-from attn_drift.cases import Case, Probe
+from analysis.scores import results_row
+from analysis.specificity import begins, score
+from attn_drift.cases import TASKS, Case, Probe
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World, make_world
 from attn_drift.models import demo_folder
 
 Make = Callable[..., TransformerBridge]
+REQUEST = ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano")
 
+# Objects of one and of many tokens, on either side, alone, equal but for the prompt, with other alphabets and marks.
 CASES = [
     Case(
         "first",
-        ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano"),
+        REQUEST,
         {
             "ES": (Probe("Ada Bellini plays the", "cello", "piano"),),
-            "DNS": (Probe("Ada Bellini plays the cello. Carla plays the", "zither quartet", "cello"),),
+            "PS": (Probe("The man plays the", "man", "seen"), Probe("Ada plays the ", "man", "piano organ")),
+            "DNS": (Probe("Ada Bellini plays the cello. Carla plays the", "zither man", "cello"),),
         },
     ),
     Case(
         "second",
         ad.EditRequest("The man met {} in", "Carla", "a town", "Lima"),
-        {"ES": (Probe("The man met Carla in", "a town", "Lima"), Probe("I saw Carla in", "a town", "Lima"))},
+        {
+            "ES": (Probe("The man met Carla in", "a town", "Lima"), Probe("I saw Carla in", "a town", "Lima")),
+            "NS": (Probe("The man met Ada in", "São Tomé", "a"), Probe("The man met Ada in", "a", "a town")),
+            "alias": (Probe("Carla was seen in", "D.C. (U.S.)", None, ("D.C.", "the Ünal")),),
+            "reasoning": (Probe("The man is", "in", None), Probe("The man is", "in", "東京")),
+            "commonsense": (Probe("The man is in town", "and was seen.", "and plays a friend."),),
+        },
     ),
+    Case("third", REQUEST, {"ES": (Probe("Ada Bellini plays the", "cello", "piano"),), "RS": ()}),
+    Case("empty", REQUEST, {}),
 ]
+EDITS = [0, 2, None, 1]
+
+NUMBERS = ["logp_right", "logp_wrong", "p_right", "p_wrong"]
+CHOICES = ("commonsense", "distracted_commonsense")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+def plain_begins(text: str, answer: str) -> bool:
+    said, wanted = (" ".join(string.split()).lower() for string in (text, answer))
+    after = said[len(wanted) : len(wanted) + 1]
+    return said.startswith(wanted) and not (after.isalnum() or after == "_")
+
+
+def plain_row(model: Plain, case: Case, task: str, probe: Probe) -> dict[str, Any]:
+    """The definitions of method.md, section 5, one after the other."""
+    prompt = model.ids(probe.text.rstrip())
+    right, argmax = model.log_probs(prompt, model.target(probe.right))
+    row = {"case": case.case_id, "task": task, "text": probe.text, "right": probe.right, "argmax": argmax}
+    row |= {"logp_right": sum(right) / len(right), "p_right": math.exp(sum(right)), "weight": 1.0}
+    if probe.wrong is not None:
+        wrong, _ = model.log_probs(prompt, model.target(probe.wrong))
+        row |= {"wrong": probe.wrong, "logp_wrong": sum(wrong) / len(wrong), "p_wrong": math.exp(sum(wrong))}
+        row["success"] = row["logp_right"] > row["logp_wrong"]
+    if task not in CHOICES:
+        accepted = [probe.right, *probe.aliases]
+        told = model.text(model.continued(prompt, max(len(model.target(name)) for name in accepted) + 2))
+        row |= {"continuation": told, "generated": any(plain_begins(told, name) for name in accepted)}
+    return row
+
+
+def plain_rows(cases: list[Case], models: list[Plain]) -> list[dict[str, Any]]:
+    return [
+        plain_row(model, case, task, probe)
+        for case, model in zip(cases, models, strict=True)
+        for task in TASKS
+        for probe in case.probes.get(task, ())
+    ]
+
+
+def assert_rows(frame: pd.DataFrame, rows: list[dict[str, Any]], tolerance: float) -> None:
+    """The numbers to within a tolerance; all else, what is missing included, as it is."""
+    assert len(frame) == len(rows)
+    for found, row in zip(frame.to_dict("records"), rows, strict=True):
+        assert {name for name, value in found.items() if not pd.isna(value)} == set(row)
+        for name, value in row.items():
+            assert found[name] == (pytest.approx(value, abs=tolerance, rel=0) if name in NUMBERS else value), name
+
+
+@cache
+def small_rows(architecture: str, dtype: torch.dtype, bos: bool) -> list[dict[str, Any]]:
+    return plain_rows(CASES, [plain(architecture, dtype, bos, edit) for edit in EDITS])
+
+
+def edits_of(architecture: str) -> list[ad.Edit | None]:
+    return [None if edit is None else edit_of(architecture, edit) for edit in EDITS]
+
+
+def set_batches(patch: pytest.MonkeyPatch, rows: int = 256, logits: int = 2**26) -> None:
+    patch.setattr("analysis.specificity.ROWS_AT_ONCE", rows)
+    patch.setattr("analysis.generation.ROWS_AT_ONCE", rows)
+    patch.setattr("analysis.specificity.LOGITS_AT_ONCE", logits)
+
+
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("edited", [False, True])
-def test_scores_equal_one_text_at_a_time(
-    make_model: Make, architecture: str, side: str, bos: bool, edited: bool
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_equal_one_text_at_a_time(architecture: str, bos: bool, dtype: torch.dtype) -> None:
+    """Texts of three edits and of none share batches, padded on either side."""
+    model, rows = bridge(architecture, dtype, bos), small_rows(architecture, dtype, bos)
+    assert {row["argmax"] for row in rows} | {row.get("success") for row in rows} == {True, False, None}
+    for model.tokenizer.padding_side in ("left", "right"):
+        if architecture == "llama" and dtype == torch.float64 and model.tokenizer.padding_side == "left":
+            with pytest.raises(FloatingPointError, match="padding_side = 'right'"):  # NaN in Hugging Face itself
+                score(model, CASES, edits_of(architecture))
+            continue
+        assert_rows(score(model, CASES, edits_of(architecture)).frame, rows, 1e-5)
+    assert n_hooks(model) == 0
+
+
+def test_no_edits_are_the_model_as_it_is() -> None:
+    model = bridge("gpt2")
+    rows = plain_rows(CASES[:2], [plain("gpt2", torch.float32, False, None)] * 2)
+    assert_rows(score(model, CASES[:2]).frame, rows, 1e-5)
+    assert_rows(score(model, CASES[:2], [None, None]).frame, rows, 1e-5)
+
+
+def test_demo_scores_equal_one_text_at_a_time(demo: TransformerBridge) -> None:
+    """A model that answers: it says right objects and wrong ones, and an edit changes them."""
+    first, second = demo_cases(World.load(demo_folder() / "world.json"), 2, seed=1)
+    known = first.request.target_true
+    probes = {task: found[:2] for task, found in first.probes.items()}
+    probes["ES"] = (*probes["ES"], replace(probes["ES"][0], aliases=("nothing", known.upper())))
+    probes["alias"] = (replace(probes["ES"][0], right=known[:-1], wrong=None), replace(probes["NS"][0], wrong=None))
+    first = replace(first, probes=probes)
+    second = replace(second, probes={task: found[:2] for task, found in second.probes.items()})
+    cases, edits = [first, second, replace(second, case_id="unedited")], [None, random_edit(demo, 0), None]
+    folder = demo_folder()
+    models = [
+        Plain(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), "gpt2", edit)
+        for edit in edits
+    ]
+    rows = plain_rows(cases, models)
+    assert {(row["argmax"], row["generated"]) for row in rows} >= {(True, True), (False, True), (False, False)}
+    assert [r["continuation"] for r in rows if r["case"] == second.case_id] != [
+        r["continuation"] for r in rows if r["case"] == "unedited"
+    ]
+    assert_rows(score(demo, cases, edits).frame, rows, 1e-5)
+
+
+@given(
+    architecture=st.sampled_from(ARCHITECTURES),
+    order=st.permutations(range(len(CASES))),
+    rows=st.sampled_from([1, 2, 5, 256]),
+    logits=st.sampled_from([1, 2**13, 2**26]),
+    side=st.sampled_from(["left", "right"]),
+)
+@settings(max_examples=6, deadline=None)
+def test_batches_padding_and_order_change_nothing(
+    architecture: str, order: list[int], rows: int, logits: int, side: str
 ) -> None:
-    model = make_model(architecture, bos=bos)
+    model, edits = bridge(architecture), edits_of(architecture)
     model.tokenizer.padding_side = side
-    edits = [random_edit(model, 0), random_edit(model, 1)] if edited else [None, None]
-    frame = score(model, CASES, edits if edited else None).frame
-    assert len(frame) == 4
-    tokenizer, hf = make_tokenizer(bos), make_hf_model(architecture)
-    by_case = {case.case_id: edit for case, edit in zip(CASES, edits, strict=True)}
-    for row in frame.itertuples():
-        hf = make_hf_model(architecture)
-        edit = by_case[row.case]
-        if edit is not None:
-            for weight in hf.state_dict().values():
-                weight.requires_grad_(False)
-            bridge = ad.load_model(hf, tokenizer, device="cpu")
-            edit.write_to(bridge)
-        totals = {}
-        for name, target in (("right", row.right), ("wrong", row.wrong)):
-            prompt = tokenizer(row.text)["input_ids"]
-            answer = tokenizer(" " + target, add_special_tokens=False)["input_ids"]
-            with torch.no_grad():
-                logits = hf(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            at = logits[len(prompt) - 1 : -1]
-            totals[name] = at[range(len(answer)), answer]
-            if name == "right":
-                assert row.argmax == (at.argmax(-1).tolist() == answer)
-        assert row.logp_right == pytest.approx(totals["right"].mean().item(), abs=1e-4)
-        assert row.logp_wrong == pytest.approx(totals["wrong"].mean().item(), abs=1e-4)
-        assert row.p_right == pytest.approx(totals["right"].sum().exp().item(), abs=1e-5)
-        assert row.success == bool(totals["right"].mean() > totals["wrong"].mean())
+    with pytest.MonkeyPatch.context() as patch:
+        set_batches(patch, rows, logits)
+        frame = score(model, [CASES[i] for i in order], [edits[i] for i in order]).frame
+    expected = small_rows(architecture, torch.float32, False)
+    assert_rows(frame, [row for i in order for row in expected if row["case"] == CASES[i].case_id], 1e-5)
 
 
-def test_batches_change_nothing(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model("gpt2", torch.float64)
-    edits = [random_edit(model, 0), None]
+def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, edits = bridge("gpt2", torch.float64), edits_of("gpt2")
     whole = score(model, CASES, edits).frame
-    monkeypatch.setattr("analysis.specificity.ROWS_AT_ONCE", 1)
-    pd.testing.assert_frame_equal(whole, score(model, CASES, edits).frame)
+    for rows, logits in ((1, 2**26), (256, 1)):
+        set_batches(monkeypatch, rows, logits)
+        pd.testing.assert_frame_equal(whole, score(model, CASES, edits).frame, rtol=0, atol=1e-12)
 
 
-def test_interval_is_the_mean_over_texts_and_resamples_cases() -> None:
-    frame = pd.DataFrame(
-        {"case": ["a"] * 4 + ["b"], "task": "NS", "success": [True] * 4 + [False], "argmax": False, "p_right": 0.5}
-    )
-    interval = Scores(frame).interval("NS")
-    assert (interval.mean, interval.n, interval.n_texts) == (0.8, 2, 5)
-    assert (interval.low, interval.high) == (0.0, 1.0)
-    with pytest.raises(KeyError, match="no 'success' was measured on a text of 'PS'"):
-        Scores(frame).interval("PS")
+def test_what_cannot_be_measured_is_missing() -> None:
+    """No wrong object: no comparison, which is not a lost one. No free answer expected: none counted."""
+    scores = score(bridge("gpt2"), CASES)
+    frame = scores.frame.set_index("task")
+    assert frame.loc["alias", ["success", "logp_wrong", "p_wrong", "wrong"]].isna().all()
+    assert frame.loc["commonsense", ["generated", "continuation"]].isna().all()
+    assert frame.loc["reasoning", "success"].isna().tolist() == [True, False]
+    assert scores.interval("reasoning").n_texts == 1 and scores.interval("reasoning", "argmax").n_texts == 2
+    for task, column in (("alias", "success"), ("commonsense", "generated"), ("RS", "success"), ("FL", None)):
+        with pytest.raises(KeyError, match=f"was measured on a text of '{task}'"):
+            scores.interval(task, column)
+    summary = scores.summary()
+    assert (summary.dtypes == "float64").all()
+    assert summary.loc["alias", ["mean", "p_wrong", "n"]].isna().all() and summary.loc["alias", "p_right"] > 0
+    assert score(bridge("gpt2"), CASES[-1:]).summary().empty
 
 
-def test_bootstrap_covers_the_truth() -> None:
-    """The 95 % interval holds the true mean in about 95 of 100 draws of cases with correlated texts."""
-    rng = np.random.default_rng(0)
-    hits = 0
-    for seed in range(200):
-        counts = rng.integers(1, 12, size=60).astype(float)
-        level = rng.beta(2, 2, size=60)
-        low, high = bootstrap(rng.binomial(counts.astype(int), level).astype(float), counts, seed)
-        hits += low <= 0.5 <= high
-    assert 0.9 <= hits / 200 <= 0.99
+@pytest.mark.parametrize(
+    ("text", "answer", "does"),
+    [
+        (" Paris", "Paris", True),
+        ("Paris", " Paris ", True),
+        (" \n\tpARIS. The", "Paris", True),
+        (" Parisian", "Paris", False),
+        (" Paris2", "Paris", False),
+        (" Paris_", "Paris", False),
+        (" Paris-born", "Paris", True),
+        (" Paris's", "Paris", True),
+        (" Par", "Paris", False),
+        (" the Paris", "Paris", False),
+        ("", "Paris", False),
+        (" New\n York City", "new york", True),
+        (" NewYork", "New York", False),
+        (" Washington D.C. and", "Washington D.C.", True),
+        (" Washington DxCx", "Washington D.C.", False),
+        (" C++ is", "C++", True),
+        (" C++11", "C++", False),
+        (" CCC", "C+", False),
+        (" (a|b)*", "(a|b)*", True),
+        (" a", "(a|b)*", False),
+        (" a\\d", "a\\d", True),
+        (" ÅNGSTRÖM", "Ångström", True),
+        (" Åland", "Ål", False),
+        (" são paulo, Brazil", "São Paulo", True),
+        (" Sao Paulo", "São Paulo", False),
+        (" 東京都", "東京", False),
+        (" 東京。", "東京", True),
+        (" 1990s", "1990", False),
+        (" 1990.", "1990", True),
+        (" Paris\ufffd", "Paris", True),
+    ],
+)
+def test_when_a_text_begins_with_an_answer(text: str, answer: str, does: bool) -> None:
+    assert begins(text, answer) == plain_begins(text, answer) == does
 
 
-def test_results_row_leaves_out_what_is_not_offered(small: TransformerBridge) -> None:
-    row = results_row("none", 0.0, 0, score(small, CASES))
+LETTERS = st.text("aAbB1_.,-()[]|*+?^$\\éÉßñ東 \n\t\u00a0", max_size=8)
+
+
+@given(text=LETTERS, answer=LETTERS.filter(str.strip), space=st.sampled_from(["", " ", "\n  "]))
+@example("a_", "a", "")
+@settings(max_examples=300, deadline=None)
+def test_an_answer_begins_as_in_plain_string_methods(text: str, answer: str, space: str) -> None:
+    assert begins(text, answer) == plain_begins(text, answer)
+    joined = space + answer.swapcase() + text
+    assert begins(joined, answer) == plain_begins(joined, answer)
+    assert begins(space + answer.upper() + " " + text, answer) or "ß" in answer
+
+
+def test_results_row_leaves_out_what_is_not_offered() -> None:
+    cases = [Case(case.case_id, case.request, {t: case.probes.get(t, ()) for t in ("ES", "DNS")}) for case in CASES]
+    row = results_row("none", 0.0, 0, score(bridge("gpt2"), cases))
     assert list(row)[:4] == ["editor", "gamma", "steps", "ES"] and {"DNS", "DNS_argmax", "DNS_generated"} <= set(row)
     assert not {name for name in row if name.split("_")[0] in ("PS", "NS", "RS", "S", "FL", "CS", "PPL")}
-    assert row["ES"]["n"] == 2 and 0 <= row["ES"]["low"] <= row["ES"]["mean"] <= row["ES"]["high"] <= 1
+    assert row["ES"]["n"] == 3 and 0 <= row["ES"]["low"] <= row["ES"]["mean"] <= row["ES"]["high"] <= 1
 
 
-def test_bad_input_is_named(small: TransformerBridge) -> None:
+def test_bad_input_is_named(make_model: Make) -> None:
+    model = bridge("gpt2")
     with pytest.raises(ValueError, match="no cases"):
-        score(small, [])
-    with pytest.raises(ValueError, match="1 edits were given for 2 cases"):
-        score(small, CASES, [None])
+        score(model, [])
+    with pytest.raises(ValueError, match="1 edits were given for 4 cases"):
+        score(model, CASES, [None])
+    long = Case("long", REQUEST, {"ES": (Probe("The man " * 31, "Ada", "Carla"),)})
+    with pytest.raises(ValueError, match=r"together more than the model's context of 64; shorten it: 'The man The"):
+        score(model, [*CASES, long])
+    training = make_model("gpt2")
+    training.train()
+    with pytest.raises(ValueError, match="training mode"):
+        score(training, CASES)
 
 
 def test_cases_of_the_demo_world() -> None:

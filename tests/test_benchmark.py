@@ -1,0 +1,517 @@
+"""The benchmark's folder: the same table however it came about, killed runs, failing cases, other runs' folders."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from filelock import FileLock
+from small_models import CONFIGS, make_tokenizer
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, GPT2Config
+from typer.testing import CliRunner
+
+import attn_drift as ad
+from analysis import cli, engines
+from analysis.benchmark import _run, benchmark
+from analysis.demo import demonstrate
+from analysis.engines import PART_DTYPES, Job, Plan
+from analysis.methods import parse_methods
+from analysis.results import Results, part_path
+from analysis.scores import Scores
+from analysis.sweep import Sweep, write_tradeoff
+from attn_drift.datasets import CaseFile, read_cases, read_snippets
+
+METHODS = ["rome:layer=0:steps=2", "rome+sadr:layer=0:steps=2:gamma=0.5"]
+NAMES = ["none", *METHODS]
+SUBJECTS = ["Ada Bellini", "Carla Moreau", "The man", "A friend", "Zoë", "Ada Moreau", "Carla Bellini"]
+
+
+def record(i: int) -> dict[str, Any]:
+    subject = SUBJECTS[i % len(SUBJECTS)]
+    return {
+        "case_id": f"case {i}",
+        "requested_rewrite": {
+            "prompt": f"{subject} plays the",
+            "subject": subject,
+            "target_new": "cello" if i % 2 else "organ in town",
+            "target_true": "piano",
+            "relation_id": "P1",
+            "target_new_id": f"Q{i % 2}",
+        },
+        "rewrite": {"prompts": [f"{subject} plays the"], "targets": ["cello" if i % 2 else "organ in town"]},
+        "p-paraphrase": {"prompts": [f"I saw {subject} play the"], "targets": ["cello" if i % 2 else "organ in town"]},
+        "l-neighbor": {"prompts": ["Eve plays the", "A man plays the"], "targets": ["piano", "piano and cello"]},
+        "l-relation": {"prompts": [f"{subject} was seen in"], "targets": ["town"]} if i % 3 else {"prompts": []},
+        "generation": {"prompts": [f"{subject} met"]} if i % 2 else {"prompts": []},
+    }
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small random model on disk, with room for 100 sampled tokens."""
+    path = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = GPT2Config(**{**CONFIGS["gpt2"].to_dict(), "n_positions": 160})
+        model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(folder: str) -> TransformerBridge:
+    return ad.load_model(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> CaseFile:
+    return read_cases(write(tmp_path_factory.mktemp("cases") / "cases.json", [record(i) for i in range(7)]))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """No unedited scores of another test; contexts and moments are shared, since they take a while."""
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(fresh_cache(tmp_path_factory.mktemp("cache"))))
+
+
+def fresh_cache(path: Path) -> Path:
+    """A cache with contexts and moments only."""
+    for kind in ("contexts", "moments"):
+        kept = (Path(os.environ["ATTN_DRIFT_CACHE"]) / kind).resolve()
+        kept.mkdir(exist_ok=True)
+        (path / kind).symlink_to(kept)
+    return path
+
+
+def tables(out: Path, methods: Iterable[str] = NAMES) -> dict[str, pd.DataFrame]:
+    return {name: Results(out).scores(name).frame for name in methods}
+
+
+def assert_same(first: Path, second: Path, methods: Iterable[str] = NAMES) -> None:
+    mine, theirs = tables(first, methods), tables(second, methods)
+    for name in methods:
+        pd.testing.assert_frame_equal(mine[name], theirs[name], check_exact=True)
+
+
+@pytest.fixture(scope="module")
+def whole(model: TransformerBridge, cases: CaseFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run; not to be written to."""
+    out = tmp_path_factory.mktemp("whole")
+    benchmark(model, cases, METHODS, out, batch_cases=2)
+    return out
+
+
+def test_the_table_holds_every_text_of_every_case_once(whole: Path, cases: CaseFile) -> None:
+    for frame in tables(whole).values():
+        expected = [(case.case_id, task, p.text) for case in cases for task, ps in case.probes.items() for p in ps]
+        probes = frame[frame["task"] != "FL"]
+        assert sorted(zip(probes["case"], probes["task"], probes["text"], strict=True)) == sorted(expected)
+        told = frame[frame["task"] == "FL"]
+        assert list(told["case"]) == ["case 1", "case 3", "case 5"] and (told["value"] > 0).all()
+        assert list(dict.fromkeys(frame["case"])) == [case.case_id for case in cases]
+    assert not list(whole.rglob(".*")), "no lock, no temporary file"
+
+
+def test_summaries(whole: Path, cases: CaseFile) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    assert [row["editor"] for row in summary["rows"]] == NAMES
+    assert [row["gamma"] for row in summary["rows"]] == [0.0, 0.0, 0.5]
+    assert [row["steps"] for row in summary["rows"]] == [0, 2, 2]
+    assert (summary["n_cases"], summary["n_failed"], summary["n_skipped"]) == (7, 0, 0)
+    results = Results(whole)
+    for row in summary["rows"]:
+        scores = results.scores(row["editor"])
+        frame = scores.frame
+        assert row["RS"]["n"] == frame[frame["task"] == "RS"]["case"].nunique() == 4
+        assert row["DNS_p_right"]["mean"] == pytest.approx(frame[frame["task"] == "DNS"]["p_right"].mean())
+        assert row["S"]["mean"] == pytest.approx(scores.overall().mean)
+        assert not {"alias", "commonsense", "CS", "PPL"} & set(row), "what the cases do not offer is absent"
+    config = json.loads((whole / "config.json").read_text())
+    assert config["identity"]["cases"] == cases.sha256 and config["seed"] == 0
+    assert config["methods"][METHODS[0]]["config"]["steps"] == 2
+    assert {"attn-drift", "torch", "transformer-lens"} <= set(config["versions"])
+    page = (whole / "summary.md").read_text(encoding="utf-8")
+    assert "| editor | S | ES | PS | NS | RS | DNS | FL |" in page
+    assert (whole / "report.html").read_text(encoding="utf-8").count("Plotly.newPlot(") == 2
+
+
+def test_differences_are_paired(whole: Path) -> None:
+    frame = Results(whole).differences
+    row = frame[(frame["metric"] == "DNS_p_right") & (frame["first"] == METHODS[0]) & (frame["second"] == "none")]
+    edited, plain = (Results(whole).scores(name).frame for name in (METHODS[0], "none"))
+    dns = edited["task"] == "DNS"
+    assert row["difference"].item() == pytest.approx((edited[dns]["p_right"] - plain[dns]["p_right"]).mean())
+    assert 0 < row["p"].item() <= 1 and row["low"].item() <= row["difference"].item() <= row["high"].item()
+    alone = frame[(frame["metric"] == "DNS_p_right") & frame["second"].str.endswith("without it")]
+    ns = plain["task"] == "NS"
+    assert alone["difference"].item() == pytest.approx(plain[dns]["p_right"].mean() - plain[ns]["p_right"].mean())
+
+
+@pytest.mark.parametrize("batch_cases", [1, 3, 16])
+def test_chunks_change_nothing_but_rounding(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path, batch_cases: int
+) -> None:
+    benchmark(model, cases, METHODS, tmp_path / "other", batch_cases=batch_cases)
+    for name in NAMES:
+        mine, theirs = tables(whole)[name], tables(tmp_path / "other")[name]
+        pd.testing.assert_frame_equal(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_order_of_methods_and_a_second_run_change_nothing(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path
+) -> None:
+    benchmark(model, cases, METHODS[::-1], tmp_path / "other", batch_cases=2)
+    assert_same(whole, tmp_path / "other")
+
+
+def test_another_seed_gives_another_table(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path
+) -> None:
+    benchmark(model, cases, METHODS[:1], tmp_path / "other", batch_cases=2, seed=1)
+    mine, theirs = tables(whole)[METHODS[0]], tables(tmp_path / "other", METHODS[:1])[METHODS[0]]
+    assert not np.allclose(mine["p_right"], theirs["p_right"], equal_nan=True)
+    assert not mine["continuation"].equals(theirs["continuation"])
+
+
+def test_killed_ten_times(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 at random moments; the rest then goes on to the table of an uninterrupted run."""
+    out, rng, interrupted = tmp_path / "killed", random.Random(0), 0
+
+    def run() -> None:
+        benchmark(model, cases, METHODS, out, batch_cases=1)
+
+    started = time.perf_counter()
+    benchmark(model, cases, METHODS, tmp_path / "timed", batch_cases=1)
+    took = time.perf_counter() - started
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(fresh_cache(tmp_path / "cache")))
+    for _ in range(10):
+        child = os.fork()
+        if not child:
+            run()
+            os._exit(0)
+        time.sleep(rng.uniform(0, took / 6))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        interrupted += os.WIFSIGNALED(status)
+    n_parts = len(list(out.rglob("*.parquet")))
+    assert interrupted == 10 and n_parts < 21, "all kills came while it ran"
+    run()
+    assert len(list(out.rglob("*.parquet"))) == 21
+    assert_same(tmp_path / "timed", out)
+    for frame in tables(out).values():
+        assert not frame.duplicated(["case", "task", "text"]).any()
+    assert not list(out.rglob(".*")), "no temporary file is left behind"
+    assert json.loads((out / "summary.json").read_text()) == json.loads((tmp_path / "timed/summary.json").read_text())
+
+
+def test_a_failing_case_is_recorded_and_the_others_go_on(model: TransformerBridge, whole: Path, tmp_path: Path) -> None:
+    records = [record(i) for i in range(7)]
+    too_long = record(7)
+    too_long["p-paraphrase"]["prompts"] = ["town " * 200 + "Ada Bellini plays the"]
+    cases = read_cases(write(tmp_path / "cases.json", [*records[:3], too_long, *records[3:]]))
+    results = benchmark(model, cases, METHODS[:1], tmp_path / "out", batch_cases=4)
+    failures = results.failures
+    assert list(zip(failures["method"], failures["case"], strict=True)) == [
+        ("none", "case 7"),
+        (METHODS[0], "case 7"),
+    ]
+    assert failures["error"].str.contains("ValueError: the text has .* tokens, more than the model's context").all()
+    for name in NAMES[:2]:
+        pd.testing.assert_frame_equal(
+            results.scores(name).frame, Results(whole).scores(name).frame, rtol=1e-4, atol=1e-5
+        )
+    assert json.loads((tmp_path / "out/summary.json").read_text())["n_failed"] == 1
+    assert "case 7" in (tmp_path / "out/summary.md").read_text(encoding="utf-8")
+
+
+def test_a_run_in_which_every_case_fails_has_its_summaries(
+    model: TransformerBridge, cases: CaseFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("no luck | at all")
+
+    monkeypatch.setattr(engines, "score", broken)
+    results = benchmark(model, cases, METHODS, tmp_path, batch_cases=4)
+    assert len(results.failures) == 21 and results.rows[0] == {"editor": "none", "gamma": 0.0, "steps": 0}
+    assert "RuntimeError: no luck \\| at all" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_methods_may_be_added_and_nothing_is_computed_twice(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path
+) -> None:
+    benchmark(model, cases, METHODS[:1], tmp_path, batch_cases=2)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    assert len(written) == 8
+    benchmark(model, cases, METHODS[1:], tmp_path, batch_cases=2)
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+    assert_same(whole, tmp_path)
+
+
+def test_the_unedited_model_is_scored_once_per_model_and_file(
+    model: TransformerBridge, cases: CaseFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark(model, cases, [], tmp_path / "first")
+    monkeypatch.setattr(engines, "score", None)
+    benchmark(model, cases, [], tmp_path / "second")
+    assert_same(tmp_path / "first", tmp_path / "second", ["none"])
+    assert not len(Results(tmp_path / "second").failures)
+    # Other content, other key.
+    other = read_cases(write(tmp_path / "cases.json", [record(i) for i in range(1, 4)]))
+    assert len(benchmark(model, other, [], tmp_path / "third").failures) == 3
+
+
+def test_an_edit_in_effect_does_not_reach_the_cache(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path
+) -> None:
+    config = ad.ROMEConfig(layer=0, steps=2)
+    edit = ad.rome(model, ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano"), config=config)
+    with edit.applied(model):
+        benchmark(model, cases, [], tmp_path / "edited", batch_cases=2)
+    benchmark(model, cases, [], tmp_path / "plain", batch_cases=2)
+    assert_same(whole, tmp_path / "plain", ["none"])
+    assert not tables(tmp_path / "edited", ["none"])["none"].equals(tables(whole, ["none"])["none"])
+
+
+def test_another_runs_folder_is_refused(model: TransformerBridge, cases: CaseFile, tmp_path: Path) -> None:
+    benchmark(model, cases, [], tmp_path)
+    for options, name in ({"seed": 1}, "seed"), ({"batch_cases": 3}, "batch_cases"), ({"corpus": ["a b"]}, "corpus"):
+        with pytest.raises(ValueError, match=f"holds another run: it differs in {name}"):
+            benchmark(model, cases, [], tmp_path, **options)
+    other = read_cases(write(tmp_path / "other.json", [record(1)]))
+    with pytest.raises(ValueError, match="differs in cases, n_cases"):
+        benchmark(model, other, [], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["methods"]["rome"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="differs in rome"):
+        benchmark(model, cases, ["rome"], tmp_path)
+
+
+def test_bad_arguments_are_named_before_anything_runs(
+    model: TransformerBridge, cases: CaseFile, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="batch_cases is 0"):
+        benchmark(model, cases, [], tmp_path, batch_cases=0)
+    with pytest.raises(ValueError, match="the editor 'memo'"):
+        benchmark(model, cases, ["memo"], tmp_path)
+    with pytest.raises(ValueError, match="a loaded model was given for the engine 'ray'"):
+        benchmark(model, cases, [], tmp_path, engine="ray")
+    with pytest.raises(FileNotFoundError, match="is no benchmark"):
+        Results(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match="another process runs a benchmark"):
+        benchmark(model, cases, [], tmp_path)
+
+
+def test_snippets_and_corpus(model: TransformerBridge, cases: CaseFile, tmp_path: Path) -> None:
+    snippets = [{"relation_id": "P1", "target_id": "Q1", "samples": [{"text": "The cello is a cello in town"}]}]
+    told = read_snippets(write(tmp_path / "snippets.json", snippets))
+    cases = read_cases(cases.path, snippets=told)
+    corpus = ["Ada Bellini plays the cello", "The man met a friend in town"]
+    results = benchmark(model, cases, METHODS[:1], tmp_path / "out", snippets=told, corpus=corpus, batch_cases=3)
+    rows = results.rows
+    assert rows[0]["CS"]["n"] == 3 and 0 <= rows[0]["CS"]["mean"] <= 1
+    assert rows[0]["PPL"]["n"] == 7 and rows[0]["PPL"]["low"] == pytest.approx(rows[0]["PPL"]["high"])
+    assert rows[1]["PPL"]["mean"] != rows[0]["PPL"]["mean"] > 1 and rows[0]["PPL"]["half_width"] is None
+
+
+class Recorded:
+    """An engine that yields large parts without a model."""
+
+    def record(self) -> dict[str, Any]:
+        return {"name": "none", "dtype": "float32", "origin": {}, "methods": {"none": {"gamma": 0.0, "steps": 0}}}
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, pd.DataFrame]]:
+        for job in jobs:
+            rows = [
+                {"case": c.case_id, "task": "NS", "text": f"{c.case_id} {i} " * 200, "p_right": 0.5, "success": True}
+                for c in job.cases
+                for i in range(30)
+            ]
+            yield job, Scores.from_rows(rows).frame.assign(error=None).astype(PART_DTYPES)
+
+    def close(self) -> None:
+        pass
+
+
+def test_memory_does_not_grow_with_the_number_of_cases(tmp_path: Path) -> None:
+    """Peak of Python's, numpy's and arrow's memory: parts are flushed, cases streamed."""
+    peaks = []
+    for n in (64, 640):
+        cases = read_cases(write(tmp_path / f"{n}.json", [record(i) for i in range(n)]))
+        tracemalloc.start()
+        _run(Recorded(), Plan(tuple(parse_methods([]))), cases, tmp_path / str(n), 16)
+        held = pa.total_allocated_bytes()
+        peaks.append(tracemalloc.get_traced_memory()[1] + held)
+        tracemalloc.stop()
+        size = sum(path.stat().st_size for path in (tmp_path / str(n)).rglob("*.parquet"))
+    assert size > 0 and 5 * peaks[1] < 640 * 30 * 200 * 10, "all texts would take many times as much"
+    assert peaks[1] < peaks[0] + 640 * 6000, "at the end, some numbers per text for the intervals"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+def test_ray_gives_the_same_table(
+    folder: str, cases: CaseFile, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    results = benchmark(
+        folder, cases, METHODS, tmp_path, batch_cases=2, engine="ray", workers=2, options={"device": "cpu"}
+    )
+    assert_same(whole, tmp_path)
+    assert not len(results.failures)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == json.loads((whole / "summary.json").read_text())
+
+
+def attn_drift(*arguments: object) -> subprocess.Popen[str]:
+    """The command, in a process of its own."""
+    command = [sys.executable, "-c", "from analysis.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+
+
+@pytest.mark.slow
+def test_the_command_killed_and_run_again(folder: str, cases: CaseFile, whole: Path, tmp_path: Path) -> None:
+    arguments = ("bench", cases.path, "--model", folder, "--editors", ",".join(METHODS), "--out", tmp_path)
+    first = attn_drift(*arguments, "--batch-cases", "2", "--device", "cpu")
+    while first.poll() is None and not part_path(tmp_path, METHODS[0], 1).is_file():
+        time.sleep(0.02)
+    first.kill()
+    first.communicate()
+    assert not (tmp_path / "summary.json").is_file()
+    again = attn_drift(*arguments, "--batch-cases", "2", "--device", "cpu")
+    shown, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert "ES" in shown and "DNS" in shown
+    for name in NAMES:
+        mine, theirs = tables(whole)[name], tables(tmp_path)[name]
+        pd.testing.assert_frame_equal(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_ends_non_zero_with_a_count(folder: str, tmp_path: Path) -> None:
+    too_long = record(0) | {"p-paraphrase": {"prompts": ["town " * 200], "targets": ["cello"]}}
+    path = write(tmp_path / "cases.json", [record(1), too_long])
+    arguments = ["bench", str(path), "--model", folder, "--editors", "none", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1 and "1 of 2 cases failed" in result.stderr
+
+
+def test_a_bad_record_stops_the_command_before_a_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [record(i) for i in range(1000)]
+    del records[700]["requested_rewrite"]["subject"]
+    path = write(tmp_path / "cases.json", records)
+    arguments = ["bench", str(path), "--model", "no such model", "--editors", "rome", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["attn-drift", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "record 700: requested_rewrite.subject: missing" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_sweep(model: TransformerBridge, cases: CaseFile, tmp_path: Path) -> None:
+    swept = Sweep.parse("rome:layer=0:steps=2", {"learning_rate": ["0.1"]})
+    results = benchmark(model, cases, swept.methods, tmp_path)
+    write_tradeoff(results, swept)
+    frame = pd.read_csv(tmp_path / "tradeoff.csv")
+    assert list(frame["line"]) == ["learning_rate"] * 2 and list(frame["value"]) == [0.1, 0.5]
+    by_name = {row["editor"]: row for row in results.rows}
+    for point in frame.itertuples():
+        assert pytest.approx(by_name[point.editor]["DNS"]["mean"]) == point.DNS
+    assert (tmp_path / "tradeoff.html").read_text(encoding="utf-8").count("Plotly.newPlot(") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("demo")
+def test_the_demos_table_and_the_benchmarks_agree(demo: TransformerBridge, tmp_path: Path) -> None:
+    made = CliRunner().invoke(cli.app, ["demo-cases", "--n", "6", "--seed", "4", "--out", str(tmp_path / "c.json")])
+    assert made.exit_code == 0, made.output
+    results = benchmark(demo, read_cases(tmp_path / "c.json"), ["rome", "rome+sadr"], tmp_path / "out", seed=4)
+    shown = demonstrate(demo, 6, seed=4).to_json()["rows"]
+    for mine, theirs in zip(results.rows, shown, strict=False):
+        assert mine["editor"] == theirs["editor"] and mine["gamma"] == theirs["gamma"]
+        shared = [name for name in theirs if isinstance(theirs[name], dict)]
+        assert {"ES", "PS", "NS", "DNS", "RS", "S", "RS_argmax", "DNS_argmax"} <= set(shared)
+        for name in shared:
+            assert mine[name]["mean"] == pytest.approx(theirs[name]["mean"], abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_the_sample_runs_with_the_demo_model(demo: TransformerBridge, shared_data: Path, tmp_path: Path) -> None:
+    cases = read_cases(shared_data / "merged_counterfact_sample.json")
+    results = benchmark(demo, cases, ["rome:steps=2"], tmp_path)
+    assert not len(results.failures)
+    row = results.rows[1]
+    assert row["ES"]["n"] == 12 and row["commonsense"]["n"] == 12 and row["RS"]["n"] < 12
+    assert {"alias", "reasoning", "distracted_commonsense", "FL", "S"} <= set(row) and "logic" not in row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["counterfact", "zsre", "wikidata"])
+def test_every_other_format_runs(model: TransformerBridge, tmp_path: Path, format: str) -> None:
+    records: dict[str, dict[str, Any]] = {
+        "counterfact": {
+            "case_id": 3,
+            "requested_rewrite": {
+                "prompt": "{} plays the",
+                "subject": "Ada Bellini",
+                "target_new": {"str": "cello", "id": "Q1"},
+                "target_true": {"str": "piano", "id": "Q2"},
+            },
+            "paraphrase_prompts": ["I saw Ada Bellini play the"],
+            "neighborhood_prompts": ["Eve plays the"],
+            "generation_prompts": ["Ada Bellini met"],
+        },
+        "zsre": {
+            "subject": "Ada Bellini",
+            "src": "What does Ada Bellini play?",
+            "rephrase": "Ada Bellini plays what?",
+            "alt": "cello",
+            "answers": ["piano"],
+            "loc": "nq question: who met a friend in town",
+            "loc_ans": "Carla",
+        },
+        "wikidata": {
+            "subject": "Ada Bellini",
+            "prompt": "Ada Bellini plays the",
+            "target_new": "cello",
+            "ground_truth": "piano",
+            "portability": {"Reasoning": [{"prompt": "The man plays the", "ground_truth": [["cello", "big cello"]]}]},
+            "locality": {"Relation_Specificity": [{"prompt": "Ada Bellini met", "ground_truth": [["Carla"]]}]},
+        },
+    }
+    cases = read_cases(write(tmp_path / "cases.json", [records[format]]))
+    assert cases.format == format
+    results = benchmark(model, cases, METHODS[1:], tmp_path / "out")
+    assert not len(results.failures) and results.rows[1]["ES"]["n"] == 1

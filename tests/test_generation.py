@@ -1,0 +1,299 @@
+"""Continuations against a plain model that continues one text at a time, without cache, padding or hooks."""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from conftest import n_hooks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from small_models import ARCHITECTURES, CONFIGS, DOWN_PROJECTIONS, N_CTX, make_hf_model, make_tokenizer
+from test_edits import random_edit
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import attn_drift as ad
+from analysis import generation
+from analysis.generation import Opening, continuations
+from attn_drift.models import down_projection
+from attn_drift.tokens import Tokens, encode
+
+Make = Callable[..., TransformerBridge]
+
+
+class Plain:
+    """A Hugging Face model with an edit in its weights; one text at a time, whole, without a mask."""
+
+    def __init__(
+        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: str, edit: ad.Edit | None
+    ) -> None:
+        self.hf, self.tokenizer = hf.eval().requires_grad_(False), tokenizer
+        stack, inside = DOWN_PROJECTIONS[architecture]
+        for layer, update in {} if edit is None else edit.updates.items():
+            weight = hf.get_submodule(stack)[layer].get_submodule(inside).weight
+            delta = update.keys.T @ update.values
+            weight += delta if architecture == "gpt2" else delta.T
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def target(self, text: str) -> list[int]:
+        return list(self.tokenizer(" " + text, add_special_tokens=False)["input_ids"])
+
+    def logits(self, ids: list[int]) -> list[float]:
+        """Of the token after the last."""
+        with torch.no_grad():
+            logits: list[float] = self.hf(torch.tensor([ids]), use_cache=False).logits[0, -1].tolist()
+        return logits
+
+    def log_probs(self, ids: list[int], target: list[int]) -> tuple[list[float], bool]:
+        """Of each token of the target, those before it given; and whether each is the first choice."""
+        found, first = [], True
+        for i, token in enumerate(target):
+            logits = self.logits(ids + target[:i])
+            highest = max(logits)
+            found.append(logits[token] - highest - math.log(math.fsum(math.exp(x - highest) for x in logits)))
+            first = first and logits[token] == highest
+        return found, first
+
+    def continued(self, ids: list[int], length: int, seed: int | None = None) -> list[int]:
+        """Greedily, or by Gumbel noise from the seed on the five highest logits, a draw per rank and step."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        ids, start = list(ids), len(ids)
+        for _ in range(length):
+            logits = self.logits(ids)
+            top = sorted(range(len(logits)), key=lambda token: -logits[token])[:5]
+            if generator is None:
+                ids.append(top[0])
+                continue
+            uniform = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+            noisy = [logits[token] - math.log(-math.log(u)) for token, u in zip(top, uniform, strict=True)]
+            ids.append(top[noisy.index(max(noisy))])
+        return ids[start:]
+
+    def text(self, ids: list[int]) -> str:
+        """Special tokens left out, and words apart that they stood between."""
+        parts: list[list[int]] = [[]]
+        for token in ids:
+            if token in self.tokenizer.all_special_ids:
+                parts.append([])
+            else:
+                parts[-1].append(token)
+        return " ".join(self.tokenizer.decode(part) for part in parts if part)
+
+
+@cache
+def bridge(architecture: str, dtype: torch.dtype = torch.float32, bos: bool = False) -> TransformerBridge:
+    """A model that tests share: none may change it beyond its padding side."""
+    return ad.load_model(make_hf_model(architecture), make_tokenizer(bos), dtype=dtype, device="cpu")
+
+
+@cache
+def edit_of(architecture: str, seed: int) -> ad.Edit:
+    """Edits of different layers and ranks."""
+    return random_edit(bridge(architecture), seed, ((1,), (0, 2), (1, 2))[seed], rank=seed + 1)
+
+
+@cache
+def plain(architecture: str, dtype: torch.dtype, bos: bool, seed: int | None) -> Plain:
+    edit = None if seed is None else edit_of(architecture, seed)
+    return Plain(make_hf_model(architecture, dtype), make_tokenizer(bos), architecture, edit)
+
+
+# Prompt, edit (None: as it is), length, seed (None: greedy).
+Request = tuple[str, int | None, int, int | None]
+PROMPTS = ["Ada", "The man who met a friend of Carla is", "Ünal – Ada plays the", "I"]
+REQUESTS: list[Request] = [
+    ("Ada", None, 5, None),
+    ("The man who met a friend of Carla is", 0, 5, None),
+    ("Ünal – Ada plays the", 1, 4, None),
+    ("Ada", 2, 12, None),
+    ("Ada", None, 4, 1),
+    ("The man who met a friend of Carla is", 1, 8, 1),
+    ("I", 0, 6, 2**55 + 3),
+    ("Ünal – Ada plays the", None, 12, 0),
+]
+
+
+def opening(model: TransformerBridge, architecture: str, request: Request) -> Opening:
+    prompt, edit, length, seed = request
+    return Opening(None if edit is None else edit_of(architecture, edit), encode(model, prompt), length, seed)
+
+
+def expected(architecture: str, dtype: torch.dtype, bos: bool, request: Request) -> str:
+    prompt, edit, length, seed = request
+    model = plain(architecture, dtype, bos, edit)
+    return model.text(model.continued(model.ids(prompt), length, seed))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_texts_equal_one_token_at_a_time(architecture: str, bos: bool, dtype: torch.dtype) -> None:
+    """Llama in float64 included, of which Hugging Face makes NaN where a text is padded."""
+    model = bridge(architecture, dtype, bos)
+    plainly = [expected(architecture, dtype, bos, request) for request in REQUESTS]
+    assert len(set(plainly)) == len(REQUESTS)
+    openings = [opening(model, architecture, request) for request in REQUESTS]
+    before = torch.random.get_rng_state()
+    for model.tokenizer.padding_side in ("left", "right"):
+        assert continuations(model, openings) == plainly
+    assert torch.equal(torch.random.get_rng_state(), before) and n_hooks(model) == 0
+
+
+POOL = [(p, e, n, s) for p in PROMPTS for e in (None, 0, 1) for n, s in ((3, None), (8, None), (3, 1), (7, 2))]
+
+
+@cache
+def alone(architecture: str, request: Request) -> str:
+    model = bridge(architecture)
+    return continuations(model, [opening(model, architecture, request)])[0]
+
+
+@given(
+    architecture=st.sampled_from(ARCHITECTURES),
+    requests=st.lists(st.sampled_from(POOL), max_size=10),
+    rows=st.sampled_from([1, 2, 3, 256]),
+)
+@settings(max_examples=15, deadline=None)
+def test_company_changes_nothing(architecture: str, requests: list[Request], rows: int) -> None:
+    model = bridge(architecture)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "ROWS_AT_ONCE", rows)
+        together = continuations(model, [opening(model, architecture, request) for request in requests])
+    assert together == [alone(architecture, request) for request in requests]
+
+
+def test_samples_follow_the_five_most_probable_tokens() -> None:
+    """First tokens against their probabilities, and second ones given the first; chi-squared over 4,000 seeds."""
+    model, reference = bridge("gpt2"), plain("gpt2", torch.float32, False, None)
+    tokens = encode(model, "Ada Bellini plays the")
+    rows = [Opening(None, tokens, 2, seed) for seed in range(4000)]
+    drawn = [tuple(ids) for ids in generation._generate(model, rows).tolist()]
+
+    def fits(counts: Counter[int], ids: list[int]) -> float:
+        logits = reference.logits(ids)
+        top = sorted(range(len(logits)), key=lambda token: -logits[token])[:5]
+        assert set(counts) <= set(top)
+        total = sum(math.exp(logits[token]) for token in top)
+        shares = [math.exp(logits[token]) / total for token in top]
+        n = sum(counts.values())
+        enough = [i for i in range(5) if shares[i] * n >= 5]
+        rare = [i for i in range(5) if i not in enough]
+        seen, wanted = [counts[top[i]] for i in enough], [shares[i] * n for i in enough]
+        if rare:
+            seen.append(sum(counts[top[i]] for i in rare))
+            wanted.append(sum(shares[i] * n for i in rare))
+        return float(chisquare(seen, wanted).pvalue)
+
+    firsts = Counter(first for first, _ in drawn)
+    assert len(firsts) == 5 and fits(firsts, list(tokens.ids)) > 0.01
+    for common, _ in firsts.most_common(3):
+        seconds = Counter(second for first, second in drawn if first == common)
+        assert fits(seconds, [*tokens.ids, common]) > 0.01
+
+
+HARMFUL = GenerationConfig(
+    repetition_penalty=50.0,
+    no_repeat_ngram_size=1,
+    eos_token_id=list(range(300)),
+    forced_eos_token_id=307,
+    suppress_tokens=list(range(200)),
+    begin_suppress_tokens=list(range(100)),
+    min_new_tokens=20,
+    max_length=3,
+    do_sample=True,
+    temperature=9.0,
+    top_k=1,
+    num_beams=2,
+    use_cache=False,
+    return_dict_in_generate=True,
+)
+
+
+def test_own_generation_settings_take_no_part_and_come_back() -> None:
+    model = bridge("gpt2")
+    hf, openings = model.original_model, [opening(model, "gpt2", request) for request in REQUESTS]
+    texts, own = continuations(model, openings), hf.generation_config
+    hf.generation_config = HARMFUL
+    try:
+        before = HARMFUL.to_dict()
+        assert continuations(model, openings) == texts
+        assert hf.generation_config is HARMFUL and HARMFUL.to_dict() == before
+        update = edit_of("gpt2", 0).updates[1]
+        broken = ad.Edit({1: ad.LowRankUpdate(update.keys * float("inf"), update.values)}, (), "x", "x")
+        huge = ad.Edit({1: ad.LowRankUpdate(update.keys * 1e30, update.values * 1e30)}, (), "x", "x")
+        for edit, error, message in (
+            (broken, ValueError, "not finite"),
+            (huge, FloatingPointError, "not finite while"),
+        ):
+            with pytest.raises(error, match=message):
+                continuations(model, [openings[0], Opening(edit, openings[0].tokens, 5)])
+            assert hf.generation_config is HARMFUL and n_hooks(model) == 0
+    finally:
+        hf.generation_config = own
+    assert continuations(model, openings) == texts
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_nan_is_named(make_model: Make, architecture: str, seed: int | None) -> None:
+    model = make_model(architecture)
+    with torch.no_grad():
+        down_projection(model, 1)[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="logits that are not finite while continuing"):
+        continuations(model, [Opening(None, encode(model, "Ada"), 3, seed)])
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_the_context_is_used_to_its_end(architecture: str, seed: int | None) -> None:
+    """A text that its own continuation just fits, beside a shorter one that is continued by more tokens."""
+    model, reference = bridge(architecture), plain(architecture, torch.float32, False, None)
+    text = "The man who met a friend of Carla is Ada Bellini. " * 8
+    ids = reference.ids(text)[: N_CTX - 3]
+    long, short = Tokens(text, tuple(ids), ((0, 0),) * len(ids)), encode(model, "Ada")
+    openings = [Opening(None, short, 6, seed), Opening(None, long, 3, seed)]
+    plainly = [reference.text(reference.continued(list(o.tokens.ids), o.length, seed)) for o in openings]
+    assert continuations(model, openings) == plainly
+    with pytest.raises(ValueError, match=r"has 61 tokens and is to be continued by 4, .* context of 64"):
+        continuations(model, [openings[0], Opening(None, long, 4, seed)])
+
+
+def test_no_texts() -> None:
+    assert continuations(bridge("gpt2"), []) == []
+
+
+def chain(model: PreTrainedModel, following: dict[int, int]) -> None:
+    """Makes GPT-2 weights say the token that follows the last one, whatever stands before."""
+    for name, weight in model.named_parameters():
+        if "wpe" in name or "attn" in name or "mlp" in name:
+            weight.data.zero_()
+    embedding = model.get_input_embeddings().weight
+    head = torch.zeros_like(embedding)
+    for token, after in following.items():
+        head[after] += 9 * torch.nn.functional.layer_norm(embedding[token].detach(), embedding.shape[1:])
+    model.lm_head.weight.data = head
+
+
+def test_no_word_goes_on_across_an_end_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model says after the end of a text is another text: its first word is no part of an answer's last."""
+    config = copy.deepcopy(CONFIGS["gpt2"])
+    config.tie_word_embeddings, config.n_embd = False, 128
+    monkeypatch.setitem(CONFIGS, "gpt2", config)
+    hf, tokenizer = make_hf_model("gpt2"), make_tokenizer()
+    the, town, end, man = (tokenizer(word)["input_ids"][-1] for word in (" the", " by", "<end>", "Ada"))
+    assert end == 0
+    chain(hf, {the: town, town: end, end: man, man: the})
+    model = ad.load_model(hf, tokenizer, device="cpu")
+    tokens = encode(model, "The man is in the")
+    assert continuations(model, [Opening(None, tokens, n) for n in range(1, 6)]) == [
+        " by",
+        " by",
+        " by Ada",
+        " by Ada the",
+        " by Ada the by",
+    ]
+    assert continuations(model, [Opening(None, encode(model, "plays by"), 3)]) == ["Ada the"]

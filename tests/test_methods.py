@@ -1,0 +1,109 @@
+"""Methods by name: what is parsed, what is refused, and what presets fill in."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+import attn_drift as ad
+from analysis.methods import NONE, Method, parse_methods
+from analysis.sweep import Sweep
+from attn_drift.editors.presets import preset_gamma
+
+Make = Callable[..., TransformerBridge]
+
+
+def test_a_name_says_editor_settings_and_restriction(demo: TransformerBridge) -> None:
+    bound = Method.parse("rome+sadr:gamma=0.02:steps=7:divergence=js:learning_rate=0.25").bind(demo)
+    assert bound.restrict == ad.SADR(gamma=0.02, divergence="js")
+    preset = ad.ROMEConfig.for_model(demo)
+    assert bound.config is not None
+    assert (bound.config.steps, bound.config.learning_rate) == (7, 0.25)
+    assert (bound.config.layer, bound.config.clamp) == (preset.layer, preset.clamp)
+    assert (bound.gamma, bound.steps) == (0.02, 7)
+
+
+def test_presets_fill_in_what_is_not_said(demo: TransformerBridge) -> None:
+    bound = Method.parse("rome+sadr").bind(demo)
+    assert bound.config == ad.ROMEConfig.for_model(demo) and bound.restrict == ad.SADR(gamma=0.1)
+    assert Method.parse("rome").bind(demo).restrict is None
+    none = Method.parse(NONE).bind(demo)
+    assert (none.gamma, none.steps, none.edits(demo, [], 0)) == (0.0, 0, None)
+
+
+def test_gamma_scales_with_the_heads_where_nothing_is_published(
+    small: TransformerBridge, caplog: pytest.LogCaptureFixture
+) -> None:
+    """3.5 over the heads above the layer: 0.01 for the 22 x 16 of GPT-J, where it is published."""
+    assert preset_gamma("rome", small, 0) == pytest.approx(3.5 / (2 * 4), rel=0.05)
+    assert "has no preset weight of SADR" in caplog.text
+
+
+def test_edits_are_those_of_the_function(small: TransformerBridge) -> None:
+    request = ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano")
+    method = Method.parse("rome+sadr:gamma=0.3:layer=0:steps=3").bind(small)
+    edits = method.edits(small, [request], seed=5)
+    assert edits is not None
+    direct = ad.rome(
+        small,
+        request,
+        config=method.config,
+        restrict=ad.SADR(gamma=0.3),
+        generator=torch.Generator().manual_seed(5),
+    )
+    assert torch.equal(edits[0].updates[0].values, direct.updates[0].values)
+    assert torch.equal(edits[0].updates[0].keys, direct.updates[0].keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("memo", "the editor 'memo' of 'memo' is not known"),
+        ("", "the editor '' of ''"),
+        ("rome+drift", "'rome\\+drift' asks for 'drift'; expected nothing or 'sadr'"),
+        ("rome+sadr+sadr", "asks for 'sadr\\+sadr'"),
+        ("rome:gamma=1", "'gamma=1' of 'rome:gamma=1': expected setting=value"),
+        ("rome:steps", "'steps' of 'rome:steps': expected setting=value"),
+        ("rome:steps=many", "'steps=many' of .* valid integer"),
+        ("rome:steps=1.5", "'steps=1.5' of .* valid integer"),
+        ("rome+sadr:divergence=cosine", "'divergence=cosine' of .* 'kl'"),
+        ("rome:context_lengths=5", "expected setting=value"),
+    ],
+)
+def test_a_bad_name_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Method.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rome:steps=0", "steps is 0"),
+        ("rome:layer=99", "layer 99 is out of range"),
+        ("rome+sadr:gamma=-1", "gamma is -1"),
+        ("rome+sadr:layer=2", "no layer is left to restrict"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_the_model_runs(
+    small: TransformerBridge, name: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Method.parse(name).bind(small)
+
+
+def test_the_unedited_model_comes_first_and_once() -> None:
+    assert [m.name for m in parse_methods(["rome", "none", " rome+sadr "])] == ["none", "rome", "rome+sadr"]
+    assert [m.name for m in parse_methods([])] == ["none"]
+    with pytest.raises(ValueError, match="'rome'\\] are given twice"):
+        parse_methods(["rome", "rome"])
+
+
+def test_sweep_turns_one_knob_at_a_time() -> None:
+    swept = Sweep.parse("rome", {"gamma": ["0.1", "0.01"], "steps": ["5"]})
+    assert swept.methods == ["rome", "rome+sadr:gamma=0.01", "rome+sadr:gamma=0.1", "rome:steps=5"]
+    assert swept.knobs["steps"] == {5: "rome:steps=5"}
+    with pytest.raises(ValueError, match="nothing to sweep"):
+        Sweep.parse("rome", {})
+    with pytest.raises(ValueError, match="'steps=few'"):
+        Sweep.parse("rome", {"steps": ["few"]})
