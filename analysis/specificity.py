@@ -172,7 +172,8 @@ def _answer(logits: Float[Tensor, "pos vocab"], completion: Completion) -> Answe
     at_target = logits[completion.prompt_last :]
     at_target = at_target.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = at_target.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
-    return Answer(log_probs.cpu(), (at_target.argmax(-1) == target).cpu())
+    # Sums in float64: the probability of a sentence is beyond the least float32.
+    return Answer(log_probs.cpu().double(), (at_target.argmax(-1) == target).cpu())
 
 
 def _groups(

@@ -9,7 +9,7 @@ from analysis import plots
 from analysis.methods import Method
 from analysis.report import Section, write_report
 from analysis.results import Results
-from analysis.summary import with_intervals
+from analysis.summary import table_three
 from attn_drift.files import replacing
 
 SCORES = ("ES", "PS", "NS", "DNS", "RS")
@@ -78,5 +78,5 @@ def write_tradeoff(results: Results, sweep: Sweep) -> None:
         f"{sweep.editor}, one knob at a time; every curve goes through {sweep.editor} as it is. Up and to the right is "
         "better. Bars: 95 % bootstrap intervals over cases."
     ]
-    sections = [Section("Trade-off", explained, None, figures), Section("Figures", [], with_intervals(results.rows))]
+    sections = [Section("Trade-off", explained, table_three(results.rows), figures)]
     write_report(results.folder / "tradeoff.html", f"{results.config['model']['name']}: {sweep.editor}", sections)

@@ -1,6 +1,8 @@
 """attn_drift: capture attention before and after a knowledge edit, and restrict the drifting heads (SADR)."""
 
 from attn_drift.attention import AttentionCapture, capture_attention
+from attn_drift.cases import Case, Probe
+from attn_drift.datasets import CaseFile, Snippets, read_cases, read_snippets
 from attn_drift.editors.rome import ROMEConfig, rome
 from attn_drift.edits import Edit, applied_to_rows
 from attn_drift.history import EditHistory
@@ -15,6 +17,8 @@ __all__ = [
     "SADR",
     "AllHeads",
     "AttentionCapture",
+    "Case",
+    "CaseFile",
     "Edit",
     "EditHistory",
     "EditRequest",
@@ -22,12 +26,16 @@ __all__ = [
     "LayerMax",
     "LowRankUpdate",
     "Margin",
+    "Probe",
     "ROMEConfig",
     "SecondMoment",
+    "Snippets",
     "TopK",
     "applied_to_rows",
     "capture_attention",
     "load_model",
+    "read_cases",
+    "read_snippets",
     "rome",
     "sample_contexts",
     "sampled_moment",

@@ -361,18 +361,16 @@ class Recorded:
 
 
 def test_memory_does_not_grow_with_the_number_of_cases(tmp_path: Path) -> None:
-    """Peak of Python's, numpy's and arrow's memory: parts are flushed, cases streamed."""
+    """Parts are flushed and cases streamed: what grows is some numbers per text, for the intervals at the end."""
     peaks = []
     for n in (64, 640):
         cases = read_cases(write(tmp_path / f"{n}.json", [record(i) for i in range(n)]))
         tracemalloc.start()
         _run(Recorded(), Plan(tuple(parse_methods([]))), cases, tmp_path / str(n), 16)
-        held = pa.total_allocated_bytes()
-        peaks.append(tracemalloc.get_traced_memory()[1] + held)
+        peaks.append(tracemalloc.get_traced_memory()[1] + pa.default_memory_pool().max_memory())
         tracemalloc.stop()
-        size = sum(path.stat().st_size for path in (tmp_path / str(n)).rglob("*.parquet"))
-    assert size > 0 and 5 * peaks[1] < 640 * 30 * 200 * 10, "all texts would take many times as much"
-    assert peaks[1] < peaks[0] + 640 * 6000, "at the end, some numbers per text for the intervals"
+    texts = 640 * 30 * len("case 100 10 ") * 200
+    assert peaks[1] - peaks[0] < texts / 5
 
 
 @pytest.mark.slow

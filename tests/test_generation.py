@@ -36,7 +36,7 @@ class Plain:
         stack, inside = DOWN_PROJECTIONS[architecture]
         for layer, update in {} if edit is None else edit.updates.items():
             weight = hf.get_submodule(stack)[layer].get_submodule(inside).weight
-            delta = update.keys.T @ update.values
+            delta = (update.keys.double().T @ update.values.double()).to(weight.dtype)
             weight += delta if architecture == "gpt2" else delta.T
 
     def ids(self, text: str) -> list[int]:
@@ -107,16 +107,16 @@ def plain(architecture: str, dtype: torch.dtype, bos: bool, seed: int | None) ->
 
 # Prompt, edit (None: as it is), length, seed (None: greedy).
 Request = tuple[str, int | None, int, int | None]
-PROMPTS = ["Ada", "The man who met a friend of Carla is", "Ünal – Ada plays the", "I"]
+PROMPTS = ["Ada", "The man who met a friend of Carla is", "Ünal. Ada plays the", "I"]
 REQUESTS: list[Request] = [
     ("Ada", None, 5, None),
     ("The man who met a friend of Carla is", 0, 5, None),
-    ("Ünal – Ada plays the", 1, 4, None),
+    ("Ünal. Ada plays the", 1, 4, None),
     ("Ada", 2, 12, None),
     ("Ada", None, 4, 1),
     ("The man who met a friend of Carla is", 1, 8, 1),
     ("I", 0, 6, 2**55 + 3),
-    ("Ünal – Ada plays the", None, 12, 0),
+    ("Ünal. Ada plays the", None, 12, 0),
 ]
 
 
@@ -131,8 +131,9 @@ def expected(architecture: str, dtype: torch.dtype, bos: bool, request: Request)
     return model.text(model.continued(model.ids(prompt), length, seed))
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("bos", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.float64)], ids=str
+)
 def test_texts_equal_one_token_at_a_time(architecture: str, bos: bool, dtype: torch.dtype) -> None:
     """Llama in float64 included, of which Hugging Face makes NaN where a text is padded."""
     model = bridge(architecture, dtype, bos)
@@ -227,11 +228,8 @@ def test_own_generation_settings_take_no_part_and_come_back() -> None:
         update = edit_of("gpt2", 0).updates[1]
         broken = ad.Edit({1: ad.LowRankUpdate(update.keys * float("inf"), update.values)}, (), "x", "x")
         huge = ad.Edit({1: ad.LowRankUpdate(update.keys * 1e30, update.values * 1e30)}, (), "x", "x")
-        for edit, error, message in (
-            (broken, ValueError, "not finite"),
-            (huge, FloatingPointError, "not finite while"),
-        ):
-            with pytest.raises(error, match=message):
+        for edit, error in ((broken, ValueError), (huge, FloatingPointError)):
+            with pytest.raises(error, match="not finite"):
                 continuations(model, [openings[0], Opening(edit, openings[0].tokens, 5)])
             assert hf.generation_config is HARMFUL and n_hooks(model) == 0
     finally:

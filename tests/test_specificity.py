@@ -93,12 +93,15 @@ def plain_rows(cases: list[Case], models: list[Plain]) -> list[dict[str, Any]]:
 
 
 def assert_rows(frame: pd.DataFrame, rows: list[dict[str, Any]], tolerance: float) -> None:
-    """The numbers to within a tolerance; all else, what is missing included, as it is."""
+    """The numbers to within a tolerance, small probabilities to a part of theirs; all else, gaps included, as it is."""
     assert len(frame) == len(rows)
     for found, row in zip(frame.to_dict("records"), rows, strict=True):
         assert {name for name, value in found.items() if not pd.isna(value)} == set(row)
         for name, value in row.items():
-            assert found[name] == (pytest.approx(value, abs=tolerance, rel=0) if name in NUMBERS else value), name
+            if name in NUMBERS:
+                assert abs(found[name] - value) <= tolerance * (min(1, 20 * value) if "logp" not in name else 1), name
+            else:
+                assert found[name] == value, name
 
 
 @cache
@@ -116,8 +119,9 @@ def set_batches(patch: pytest.MonkeyPatch, rows: int = 256, logits: int = 2**26)
     patch.setattr("analysis.specificity.LOGITS_AT_ONCE", logits)
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("bos", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.float64)], ids=str
+)
 def test_scores_equal_one_text_at_a_time(architecture: str, bos: bool, dtype: torch.dtype) -> None:
     """Texts of three edits and of none share batches, padded on either side."""
     model, rows = bridge(architecture, dtype, bos), small_rows(architecture, dtype, bos)
@@ -127,7 +131,9 @@ def test_scores_equal_one_text_at_a_time(architecture: str, bos: bool, dtype: to
             with pytest.raises(FloatingPointError, match="padding_side = 'right'"):  # NaN in Hugging Face itself
                 score(model, CASES, edits_of(architecture))
             continue
-        assert_rows(score(model, CASES, edits_of(architecture)).frame, rows, 1e-5)
+        # In float64 the others take their softmax in float32.
+        exact = architecture == "gpt2" and dtype == torch.float64
+        assert_rows(score(model, CASES, edits_of(architecture)).frame, rows, 1e-12 if exact else 1e-5)
     assert n_hooks(model) == 0
 
 
