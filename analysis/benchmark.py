@@ -7,7 +7,7 @@ A folder holds ``config.json`` (what is run), ``parts/<method>/<chunk>.parquet``
 import json
 import logging
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,86 +22,113 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.engines import Engine, Job, LocalEngine, Plan, RayEngine, Worker
 from analysis.methods import parse_methods
-from analysis.results import CONFIG, Results, part_path
+from analysis.results import CONFIG, Results, part_path, read_part
 from analysis.summary import write_summaries
 from attn_drift.cases import Case
-from attn_drift.datasets import CaseFile, Snippets
+from attn_drift.datasets import CaseFile, read_cases
 from attn_drift.files import replacing
 
 log = logging.getLogger(__name__)
+
+# What is written beside the parts.
+FILES = (CONFIG, "summary.json", "summary.md", "report.html", "tradeoff.csv", "tradeoff.html")
 
 LIBRARIES = ("attn-drift", "torch", "transformer-lens", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn")
 
 
 def benchmark(
     model: TransformerBridge | str,
-    cases: CaseFile,
+    cases: CaseFile | str | Path,
     methods: Sequence[str],
     out: str | Path,
     *,
     seed: int = 0,
     batch_cases: int = 16,
     corpus: Sequence[str] = (),
-    snippets: Snippets | None = None,
     options: dict[str, Any] | None = None,
     engine: Literal["local", "ray"] = "local",
     workers: int = 2,
     address: str | None = None,
+    retry_failed: bool = False,
 ) -> Results:
     """Runs every method on every case, and summarises what the folder then holds.
 
-    What the folder already holds of the same run is kept, so that an interrupted run goes on where it was; methods may
-    be added to it. The same seed gives the same table, whatever the engine and the order (and up to rounding, whatever
-    the chunks).
+    What the folder already holds of the same run is kept, so that an interrupted run goes on where it was; methods, and
+    cases of the same file, may be added to it. The same seed gives the same table, whatever the engine and the order
+    (and up to rounding, whatever the chunks).
 
     Args:
         model: a model, or what `load_model` takes.
-        cases: of one file.
+        cases: of one file; its snippets are the reference texts for consistency.
         methods: names such as ``rome`` and ``rome+sadr:gamma=0.01``; the unedited model is always among them.
         out: the folder.
         seed: of the edits' contexts and of sampled continuations.
         batch_cases: cases in a chunk: edited and scored together, written as one part.
         corpus: texts for perplexity.
-        snippets: reference texts, for consistency.
         options: of `load_model`, where ``model`` is a name.
         engine: ``"local"``, in this process, or ``"ray"``, for which ``model`` must be a name.
         workers: number of Ray actors, each with a model of its own.
         address: of a running Ray cluster; a local one is started when None.
+        retry_failed: compute chunks with failed cases again.
 
     Raises:
         ValueError: a bad method or setting, or a folder that holds another run; before the model runs.
         RuntimeError: another process is running in the folder.
     """
     out = Path(out)
+    cases = cases if isinstance(cases, CaseFile) else read_cases(cases)
     if batch_cases < 1:
         raise ValueError(f"batch_cases is {batch_cases}; expected at least 1")
-    plan = Plan(tuple(parse_methods(methods)), seed, tuple(corpus), snippets)
+    plan = Plan(tuple(parse_methods(methods)), seed, _texts(corpus), cases.snippets)
     _check_engine(engine, model)
-    with _alone_in(out):
-        running: Engine
-        if engine == "ray":
-            running = RayEngine(str(model), plan, options, workers, address)
-        else:
-            running = LocalEngine(Worker(model, plan, options))
-        try:
-            return _run(running, plan, cases, out, batch_cases)
-        finally:
-            running.close()
+    # Before a model is loaded, which may take minutes.
+    _check_same_run(out, {"identity": _identity(plan, cases, batch_cases), "cases": {"n": cases.n}})
+    with _alone_in(out), _engine(engine, model, plan, options, workers, address) as running:
+        return _run(running, plan, cases, out, batch_cases, retry_failed)
+
+
+def _texts(corpus: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(corpus, str):
+        raise ValueError(f"the corpus is the text {corpus[:60]!r}; expected a list of texts")
+    return tuple(corpus)
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """A block that only one process runs in a folder; the system releases the lock of a process that is killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
+    lock = FileLock(folder / ".lock")
     try:
-        with FileLock(path).acquire(timeout=0):
-            yield
-            path.unlink(missing_ok=True)
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise RuntimeError(
             f"another process runs a benchmark in {folder}; wait for it, or give another folder"
         ) from error
+    try:
+        yield
+    finally:
+        (folder / ".lock").unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _engine(
+    name: str,
+    model: TransformerBridge | str,
+    plan: Plan,
+    options: dict[str, Any] | None,
+    workers: int,
+    address: str | None,
+) -> Iterator[Engine]:
+    engine: Engine
+    if name == "ray":
+        engine = RayEngine(str(model), plan, options, workers, address)
+    else:
+        engine = LocalEngine(Worker(model, plan, options))
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def _check_engine(engine: str, model: TransformerBridge | str) -> None:
@@ -111,19 +138,21 @@ def _check_engine(engine: str, model: TransformerBridge | str) -> None:
         raise ValueError("a loaded model was given for the engine 'ray'; give the name from which each worker loads it")
 
 
-def _run(engine: Engine, plan: Plan, cases: CaseFile, out: Path, batch_cases: int) -> Results:
-    for stale in out.rglob(".*.tmp"):  # of a run that was killed while it wrote
-        stale.unlink()
-    _write_config(out / CONFIG, _config(engine.record(), plan, cases, batch_cases))
+def _run(
+    engine: Engine, plan: Plan, cases: CaseFile, out: Path, batch_cases: int, retry_failed: bool = False
+) -> Results:
+    _write_config(out, _config(engine.record(), plan, cases, batch_cases))
+    _remove_temporary(out)
     names = [method.name for method in plan.methods]
-    done = sum(
-        min(batch_cases, cases.n - start)
+    done = {
+        (name, chunk)
         for chunk, start in enumerate(range(0, cases.n, batch_cases))
         for name in names
-        if part_path(out, name, chunk).is_file()
-    )
-    with tqdm(total=cases.n * len(names), initial=done, desc="benchmark", unit="case", smoothing=0.05) as progress:
-        for job, part in engine.run(_jobs(names, cases, out, batch_cases)):
+        if _is_done(part_path(out, name, chunk), min(batch_cases, cases.n - start), retry_failed)
+    }
+    held = sum(min(batch_cases, cases.n - chunk * batch_cases) for _, chunk in done)
+    with tqdm(total=cases.n * len(names), initial=held, desc="benchmark", unit="case", smoothing=0.05) as progress:
+        for job, part in engine.run(_jobs(names, cases, batch_cases, done)):
             _write_part(part_path(out, job.method, job.chunk), part)
             progress.update(len(job.cases))
     results = Results(out)
@@ -131,13 +160,21 @@ def _run(engine: Engine, plan: Plan, cases: CaseFile, out: Path, batch_cases: in
     return results
 
 
-def _jobs(names: Sequence[str], cases: Iterable[Case], out: Path, batch_cases: int) -> Iterator[Job]:
-    """The chunks that the folder does not hold yet."""
+def _is_done(path: Path, n_cases: int, retry_failed: bool) -> bool:
+    """Whether a chunk is there with all its cases (the last one grows with a greater limit)."""
+    if not path.is_file():
+        return False
+    part = read_part(path, ["case", "error"])
+    return part["case"].nunique() == n_cases and not (retry_failed and part["error"].notna().any())
+
+
+def _jobs(names: Sequence[str], cases: Iterable[Case], batch_cases: int, done: Set[tuple[str, int]]) -> Iterator[Job]:
+    """The chunks that are not done yet."""
     stream = iter(cases)
     chunk = 0
     while several := tuple(islice(stream, batch_cases)):
         for name in names:
-            if not part_path(out, name, chunk).is_file():
+            if (name, chunk) not in done:
                 yield Job(name, chunk, several)
         chunk += 1
 
@@ -147,16 +184,21 @@ def _write_part(path: Path, part: pd.DataFrame) -> None:
         part.to_parquet(temporary, index=False)
 
 
+def _remove_temporary(out: Path) -> None:
+    """Removes what a run left behind that was killed while it wrote."""
+    for stale in [*out.glob("parts/*/.*.parquet.*.tmp"), *(p for name in FILES for p in out.glob(f".{name}.*.tmp"))]:
+        stale.unlink()
+
+
+def _identity(plan: Plan, cases: CaseFile, batch_cases: int) -> dict[str, Any]:
+    """What parts of one table have in common, beside the model."""
+    return {"cases": cases.sha256, "batch_cases": batch_cases, **plan.texts()}
+
+
 def _config(record: dict[str, Any], plan: Plan, cases: CaseFile, batch_cases: int) -> dict[str, Any]:
     """What is run. Parts belong to one table where ``identity`` and their method's settings are the same."""
     return {
-        "identity": {
-            "origin": record["origin"],
-            "cases": cases.sha256,
-            "n_cases": cases.n,
-            "batch_cases": batch_cases,
-            **plan.texts(),
-        },
+        "identity": {**_identity(plan, cases, batch_cases), **record["origin"]},
         "model": {"name": record["name"], "dtype": record["dtype"]},
         "cases": {
             "path": str(cases.path),
@@ -174,26 +216,50 @@ def _config(record: dict[str, Any], plan: Plan, cases: CaseFile, batch_cases: in
     }
 
 
-def _write_config(path: Path, config: dict[str, Any]) -> None:
-    """Writes the settings, together with those of methods that the folder already holds.
+def _held(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run that a folder holds.
 
     Raises:
-        ValueError: the folder holds a run with another identity, or another setting of a method.
+        ValueError: its ``config.json`` is none of a benchmark.
     """
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if {"identity", "methods", "cases"} <= set(held):
+            return held
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{path} is not of a benchmark, or damaged; give another folder")
+
+
+def _check_same_run(folder: Path, config: dict[str, Any]) -> None:
+    """Raises a ValueError where a folder holds a run with another identity, other methods of a name, or more cases."""
+    held = _held(folder)
+    if held is None:
+        return
+    other = [key for key, value in config["identity"].items() if held["identity"].get(key) != value]
+    methods = config.get("methods", {})
+    other += [name for name, before in held["methods"].items() if methods.get(name, before) != before]
+    other += ["a smaller number of cases"] if config["cases"]["n"] < held["cases"]["n"] else []
+    if other:
+        raise ValueError(
+            f"{folder} holds another run: it differs in {', '.join(other)} (see {folder / CONFIG}); give another "
+            "folder, or the same settings to go on with it"
+        )
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Writes the settings, together with those of methods that the folder already holds."""
     # As JSON has it, where tuples are lists.
     config = json.loads(json.dumps(config))
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = [key for key, value in config["identity"].items() if before["identity"].get(key) != value]
-        other += [name for name, held in before["methods"].items() if config["methods"].get(name, held) != held]
-        if other:
-            raise ValueError(
-                f"{path.parent} holds another run: it differs in {', '.join(other)} (see {path}); give another folder, "
-                "or the same settings to go on with it"
-            )
-        config["methods"] = before["methods"] | config["methods"]
-        config["started"] = before["started"]
-        if before["versions"] != config["versions"]:
-            log.warning("%s was begun with other versions of libraries (see its config.json)", path.parent)
-    with replacing(path) as temporary:
+    _check_same_run(folder, config)
+    held = _held(folder)
+    if held is not None:
+        if held["versions"] != config["versions"]:
+            log.warning("%s was begun with other versions of libraries (see its config.json)", folder)
+        config |= {"methods": held["methods"] | config["methods"]}
+        config |= {name: held[name] for name in ("versions", "started")}
+    with replacing(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -58,7 +58,7 @@ def demo(
         "DNS: other people, after the edited sentence. RS: the same person, other\n"
         "questions. argmax: first choices. max head: attention to the subject."
     )
-    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+    console.print(f"Report: {out / 'report.html'}", markup=False, soft_wrap=True)
 
 
 @app.command("demo-cases")
@@ -77,7 +77,7 @@ def demo_cases_file(
     with replacing(out) as temporary:
         records = [merged_record(case) for case in cases]
         temporary.write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
-    console.print(f"{n} cases written to {out}", soft_wrap=True)
+    console.print(f"{n} cases written to {out}", markup=False, soft_wrap=True)
 
 
 CasesFile = Annotated[Path, typer.Argument(help="CounterFact, merged CounterFact, zsRE or WikiData, as JSON.")]
@@ -89,6 +89,7 @@ EngineName = Annotated[str, typer.Option(help="'local' or 'ray'.")]
 Workers = Annotated[int, typer.Option(help="Ray actors, with a model each.")]
 Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster; a local one is started without it.")]
 BatchCases = Annotated[int, typer.Option(help="Cases that are edited, scored and written together.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Compute chunks with failed cases again.")]
 SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Skip and count bad records.")]
 SnippetsFile = Annotated[Path | None, typer.Option(help="attribute_snippets.json, for consistency (CS).")]
 Corpus = Annotated[Path | None, typer.Option(help="Texts for perplexity (PPL), one a line.")]
@@ -109,6 +110,7 @@ def bench(
     address: Address = None,
     batch_cases: BatchCases = 16,
     skip_invalid: SkipInvalid = False,
+    retry_failed: RetryFailed = False,
     snippets: SnippetsFile = None,
     corpus: Corpus = None,
     dtype: Dtype = "float32",
@@ -122,6 +124,7 @@ def bench(
         out,
         limit=limit,
         skip_invalid=skip_invalid,
+        retry_failed=retry_failed,
         snippets=snippets,
         corpus=corpus,
         dtype=dtype,
@@ -152,6 +155,7 @@ def sweep(
     address: Address = None,
     batch_cases: BatchCases = 16,
     skip_invalid: SkipInvalid = False,
+    retry_failed: RetryFailed = False,
     dtype: Dtype = "float32",
     device: Device = None,
 ) -> None:
@@ -167,6 +171,7 @@ def sweep(
         out,
         limit=limit,
         skip_invalid=skip_invalid,
+        retry_failed=retry_failed,
         dtype=dtype,
         device=device,
         seed=seed,
@@ -176,7 +181,7 @@ def sweep(
         address=address,
     )
     write_tradeoff(results, swept)
-    console.print(f"Trade-off: {out / 'tradeoff.html'}", soft_wrap=True)
+    console.print(f"Trade-off: {out / 'tradeoff.html'}", markup=False, soft_wrap=True)
     _finish(results)
 
 
@@ -203,8 +208,10 @@ def _benchmark(
     from attn_drift.datasets import read_cases, read_snippets
 
     precision = getattr(torch, dtype, None)
-    if not isinstance(precision, torch.dtype):
+    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
         raise ValueError(f"the dtype is {dtype!r}; expected float32, bfloat16, float16 or float64")
+    if not "".join(methods).strip():
+        raise ValueError("no editor was given; expected names such as rome,rome+sadr, or none")
     parse_methods(methods)
     told = None if snippets is None else read_snippets(snippets)
     cases = read_cases(path, snippets=told, skip_invalid=skip_invalid, limit=limit)
@@ -212,17 +219,26 @@ def _benchmark(
         console.print(
             f"{cases.n_skipped} records are skipped, such as {cases.skipped[0]}", markup=False, soft_wrap=True
         )
-    texts = [] if corpus is None else [line for line in corpus.read_text("utf-8").splitlines() if line.strip()]
+    texts = [] if corpus is None else _lines(corpus)
     return benchmark(
         model,
         cases,
         methods,
         out,
         corpus=texts,
-        snippets=told,
         options={"dtype": precision, "device": device},
         **options,
     )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: {error}") from error
+    if not lines:
+        raise ValueError(f"{path} has no texts; expected one a line")
+    return lines
 
 
 def _finish(results: "Results") -> None:
@@ -231,8 +247,9 @@ def _finish(results: "Results") -> None:
 
     # Half-widths below the means, so that the table fits a terminal.
     table = table_three(results.rows).map(lambda cell: cell.replace(" (", "\n("))
-    console.print(_table(table, str(results.config["model"]["name"])))
-    console.print(f"Everything else: {results.folder / 'summary.md'}, report.html, summary.json", soft_wrap=True)
+    console.print(_table(table, escape(str(results.config["model"]["name"]))))
+    said = f"Everything else: {results.folder / 'summary.md'}, report.html, summary.json"
+    console.print(said, markup=False, soft_wrap=True)
     n_failed = results.failures["case"].nunique()
     if n_failed:
         example = results.failures.iloc[0]
@@ -261,7 +278,8 @@ def train_demo(
     from attn_drift.demo.train import train
 
     accuracy = train(out, seed)
-    console.print(f"{accuracy:.2%} of (fact, wording) pairs right by argmax; written to {out}", soft_wrap=True)
+    said = f"{accuracy:.2%} of (fact, wording) pairs right by argmax; written to {out}"
+    console.print(said, markup=False, soft_wrap=True)
 
 
 def _table(frame: "pd.DataFrame", title: str) -> Table:
@@ -283,6 +301,6 @@ def main() -> None:
     """Runs the command; what the user can mend is shown without a traceback."""
     try:
         app()
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

@@ -6,17 +6,19 @@ Both run the same `Worker` on the same chunks, so that the table does not depend
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
+import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.fluency import Consistency, perplexity, prose
-from analysis.methods import NONE, BoundMethod, Method
+from analysis.fluency import Consistency, check_prompts, perplexity, predicted, prose
+from analysis.methods import NONE, BoundMethod, Method, Supplies
 from analysis.scores import DTYPES, Scores
-from analysis.specificity import score
+from analysis.specificity import check_texts, score
 from attn_drift.cases import Case
 from attn_drift.datasets import Snippets
 from attn_drift.files import cache_path, keeping, replacing
@@ -28,8 +30,10 @@ log = logging.getLogger(__name__)
 # A part's columns: those of `Scores.frame`, and the error of a case that failed, which has a row of its own.
 PART_DTYPES = {**DTYPES, "error": "str"}
 
-# Of the unedited scores in the cache; to be raised with every change of what a score means.
-SCORES_FORMAT = 1
+LONGEST_ERROR = 500
+
+# What unedited scores in the cache depend on beside content: libraries that compute them.
+LIBRARIES = ("attn-drift", "transformers", "tokenizers", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,17 @@ class Worker:
         options: of `load_model`.
 
     Raises:
-        ValueError: a method's settings do not fit the model; before it runs.
+        ValueError: an edit is in effect, a method's settings do not fit the model, or a text for perplexity does not;
+            before the model runs.
     """
 
     def __init__(self, model: TransformerBridge | str, plan: Plan, options: dict[str, Any] | None = None) -> None:
         self.model, self.plan = load_model(model, **(options or {})), plan
+        if is_hooked(self.model):
+            raise ValueError("hooks are attached to the model, such as an edit in effect; take them off first")
         self.methods: dict[str, BoundMethod] = {m.name: m.bind(self.model) for m in plan.methods}
+        self.supplies = Supplies(self.model, plan.seed)
+        self.corpus = predicted(self.model, plan.corpus)
         self.consistency = None if plan.snippets is None else Consistency(plan.snippets.corpus)
 
     def record(self) -> dict[str, Any]:
@@ -93,54 +102,84 @@ class Worker:
     def run(self, job: Job) -> pd.DataFrame:
         """The part of a job, its rows in the order of the cases, then of the tasks.
 
-        A case that fails gives a row with its ``error``; the others of its chunk are then run one at a time.
+        A case that fails gives a row with its ``error``. What is wrong with its texts is found before anything is
+        edited; where something else fails, the cases of the chunk are run one at a time.
+
+        Raises:
+            OSError, torch.AcceleratorError: the disk or the device is at fault, not a case.
         """
+        failed = {case.case_id: error for case in job.cases if (error := self._unfit(case)) is not None}
+        fit = [case for case in job.cases if case.case_id not in failed]
+        parts = self._isolated(job.method, fit) if fit else []
+        parts += [_failure(job.method, case_id, error) for case_id, error in failed.items()]
+        return _in_order_of(job.cases, pd.concat(parts, ignore_index=True))
+
+    def _unfit(self, case: Case) -> str | None:
+        """What is wrong with the texts of a case."""
         try:
-            return self._part(job.method, job.cases)
+            check_texts(self.model, case)
+            check_prompts(self.model, case)
+        except ValueError as error:
+            return f"ValueError: {error}"
+        return None
+
+    def _isolated(self, method: str, cases: Sequence[Case]) -> list[pd.DataFrame]:
+        """One part of all cases, or, where that fails, a part or a failure of each."""
+        try:
+            return [self._part(method, cases)]
+        except (OSError, torch.AcceleratorError):
+            raise
         except Exception as error:
-            if len(job.cases) > 1:
-                log.debug("a chunk failed (%s); running its cases one at a time", error)
-                single = [self.run(Job(job.method, job.chunk, (case,))) for case in job.cases]
-                return pd.concat(single, ignore_index=True)
-            (case,) = job.cases
-            log.warning("%s: the case %r failed: %s", job.method, case.case_id, error)
-            log.debug("the failure of %r", case.case_id, exc_info=True)
-            return _table([{"case": case.case_id, "error": f"{type(error).__name__}: {error}"}])
+            said = f"{type(error).__name__}: {error}"
+            log.debug("%d cases failed", len(cases), exc_info=True)
+        # Out of the block, so that the tensors of what failed are free.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(cases) == 1:
+            return [_failure(method, cases[0].case_id, said)]
+        return [part for case in cases for part in self._isolated(method, [case])]
 
     def _part(self, method: str, cases: Sequence[Case]) -> pd.DataFrame:
-        if method != NONE or is_hooked(self.model):
+        if method != NONE:
             return self._scored(method, cases)
         content = json.dumps([asdict(case) for case in cases], sort_keys=True)
         key = {
             **origin(self.model),
             **self.plan.texts(),
+            **{library: version(library) for library in LIBRARIES},
             "cases": hashlib.sha256(content.encode()).hexdigest(),
-            "format": SCORES_FORMAT,
         }
         path = cache_path("unedited", ".parquet", key)
         if path.is_file():
-            return pd.read_parquet(path).astype(PART_DTYPES)
+            try:
+                return pd.read_parquet(path)[list(PART_DTYPES)].astype(PART_DTYPES)
+            except (ValueError, KeyError, OSError) as error:
+                log.warning("the cached scores %s are damaged (%s); they are computed anew", path, error)
         part = self._scored(method, cases)
         with keeping(), replacing(path) as temporary:
             part.to_parquet(temporary, index=False)
         return part
 
     def _scored(self, method: str, cases: Sequence[Case]) -> pd.DataFrame:
-        seed = self.plan.seed
-        edits = self.methods[method].edits(self.model, [case.request for case in cases], seed)
+        edits = self.methods[method].edits([case.request for case in cases], self.supplies)
         tables = [
             score(self.model, cases, edits),
-            prose(self.model, cases, edits, seed=seed, consistency=self.consistency),
-            perplexity(self.model, cases, edits, self.plan.corpus),
+            prose(self.model, cases, edits, seed=self.plan.seed, consistency=self.consistency),
+            perplexity(self.model, cases, edits, self.corpus),
         ]
-        order = {case.case_id: place for place, case in enumerate(cases)}
-        part = pd.concat([table.frame for table in tables], ignore_index=True)
-        part = part.sort_values("case", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
-        return part.assign(error=None).astype(PART_DTYPES)
+        part = pd.concat([table.frame for table in tables], ignore_index=True).assign(error=None)
+        return _in_order_of(cases, part.astype(PART_DTYPES))
 
 
-def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    return Scores.from_rows(rows).frame.assign(error=[row["error"] for row in rows]).astype(PART_DTYPES)
+def _in_order_of(cases: Sequence[Case], part: pd.DataFrame) -> pd.DataFrame:
+    order = {case.case_id: place for place, case in enumerate(cases)}
+    return part.sort_values("case", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
+
+
+def _failure(method: str, case_id: str, error: str) -> pd.DataFrame:
+    error = error if len(error) <= LONGEST_ERROR else f"{error[:LONGEST_ERROR]} ..."
+    log.warning("%s: the case %r failed: %s", method, case_id, error)
+    return Scores.from_rows([{"case": case_id}]).frame.assign(error=error).astype(PART_DTYPES)
 
 
 @runtime_checkable
@@ -180,6 +219,9 @@ class LocalEngine:
 class RayEngine:
     """Workers as Ray actors, each with a model of its own, which it loads itself.
 
+    Jobs go to actors that have loaded their model, so that one for which there is no room holds nothing up. A job whose
+    actor dies is given to another one, once.
+
     Args:
         source: what `load_model` takes, by a name that every machine understands.
         plan, options: as of `Worker`.
@@ -188,6 +230,7 @@ class RayEngine:
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
+        ValueError: as of `Worker`.
     """
 
     def __init__(
@@ -206,39 +249,111 @@ class RayEngine:
             raise ModuleNotFoundError("the engine 'ray' needs Ray: pip install 'attn-drift[ray]'") from error
         self._ray, self._started = ray, not ray.is_initialized()
         if self._started:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-        resources = ray.cluster_resources()
-        shares: dict[str, float] = {"num_cpus": max(1, int(resources.get("CPU", 1)) // workers)}
-        if resources.get("GPU", 0) and (options or {}).get("device") != "cpu":
-            shares["num_gpus"] = min(1.0, resources["GPU"] / workers)
-        actor = ray.remote(**shares)(Worker)
-        shared = ray.put(plan)
-        self._actors = [actor.remote(source, shared, options) for _ in range(workers)]
-        self._record: dict[str, Any] = ray.get(self._actors[0].record.remote())
+            ray.init(
+                address=address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+            )
+        try:
+            actor = ray.remote(**_shares(ray.cluster_resources(), workers, (options or {}).get("device")))(_Actor)
+            shared = ray.put(plan)
+            self._idle: list[Any] = []
+            # What runs, by its reference: the actor, and its job (None: it loads its model).
+            self._pending: dict[Any, tuple[Any, Job | None]] = {}
+            for _ in range(workers):
+                made = actor.remote()
+                self._pending[made.start.remote(source, shared, options)] = made, None
+            started = self._wait()[1]
+            if isinstance(started, Exception):
+                raise started
+            self._record: dict[str, Any] = started
+        except BaseException:
+            self.close()
+            raise
 
     def record(self) -> dict[str, Any]:
         return self._record
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, pd.DataFrame]]:
-        idle = list(self._actors)
-        pending: dict[Any, tuple[Any, Job]] = {}
-
-        def done() -> tuple[Job, pd.DataFrame]:
-            (ready,), _ = self._ray.wait(list(pending), num_returns=1)
-            actor, job = pending.pop(ready)
-            idle.append(actor)
-            return job, self._ray.get(ready)
-
+        retried: set[tuple[str, int]] = set()
         for job in jobs:
-            if not idle:
-                yield done()
-            actor = idle.pop()
-            pending[actor.run.remote(job)] = actor, job
-        while pending:
-            yield done()
+            while not self._idle:
+                yield from self._done(retried)
+            self._give(job)
+        while self._busy:
+            yield from self._done(retried)
+
+    @property
+    def _busy(self) -> bool:
+        return any(job is not None for _, job in self._pending.values())
+
+    def _give(self, job: Job) -> None:
+        actor = self._idle.pop()
+        self._pending[actor.run.remote(job)] = actor, job
+
+    def _done(self, retried: set[tuple[str, int]]) -> Iterator[tuple[Job, pd.DataFrame]]:
+        """Waits for what is done next: a part, an actor that has loaded its model, or something that failed."""
+        job, result = self._wait()
+        if isinstance(result, pd.DataFrame) and job is not None:
+            yield job, result
+        elif isinstance(result, Exception):
+            died = isinstance(result, self._ray.exceptions.RayActorError) and job is not None
+            if job is None or not died or (job.method, job.chunk) in retried:
+                yield from self._rest()
+                raise result
+            log.warning("a Ray worker died; its %d cases are given to another one", len(job.cases))
+            retried.add((job.method, job.chunk))
+            while not self._idle:
+                yield from self._done(retried)
+            self._give(job)
+
+    def _rest(self) -> Iterator[tuple[Job, pd.DataFrame]]:
+        """The parts that are still being made, so that none is lost."""
+        while self._busy:
+            job, result = self._wait()
+            if isinstance(result, pd.DataFrame) and job is not None:
+                yield job, result
+
+    def _wait(self) -> tuple[Job | None, Any]:
+        """The next job, None for a start, with its result or what it failed of.
+
+        Raises:
+            RuntimeError: no actor is left.
+        """
+        if not self._pending:
+            raise RuntimeError("no Ray worker is left: all of them died, usually of too little memory")
+        (ready,), _ = self._ray.wait(list(self._pending), num_returns=1)
+        actor, job = self._pending.pop(ready)
+        try:
+            result = self._ray.get(ready)
+        except self._ray.exceptions.RayActorError as error:
+            return job, error
+        except self._ray.exceptions.RayTaskError as error:
+            result = error.cause
+        self._idle.append(actor)
+        return job, result
 
     def close(self) -> None:
-        for actor in self._actors:
+        for actor in [*self._idle, *(actor for actor, _ in self._pending.values())]:
             self._ray.kill(actor)
         if self._started:
             self._ray.shutdown()
+
+
+class _Actor:
+    """A worker that is made after its actor, so that what is wrong with its arguments reaches the caller as it is."""
+
+    def start(self, model: str, plan: Plan, options: dict[str, Any] | None) -> dict[str, Any]:
+        self.worker = Worker(model, plan, options)
+        return self.worker.record()
+
+    def run(self, job: Job) -> pd.DataFrame:
+        return self.worker.run(job)
+
+
+def _shares(resources: Mapping[str, float], workers: int, device: str | None) -> dict[str, float]:
+    """What each actor asks for, so that all of them find room."""
+    cpus = resources.get("CPU", 1) / workers
+    shares = {"num_cpus": float(int(cpus)) if cpus >= 1 else cpus}
+    gpus = int(resources.get("GPU", 0))
+    if gpus and device != "cpu":
+        shares["num_gpus"] = 1 / -(-workers // gpus)
+    return shares

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.generation import Opening, continuations
+from analysis.generation import Opening, check_room, continuations
 from analysis.scores import Scores
 from analysis.specificity import Question, answer, check_input
 from attn_drift.cases import Case
@@ -101,39 +101,49 @@ def _seed(seed: int, case_id: str, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {place} {case_id}".encode()).digest()[:7])
 
 
-def perplexity(
-    model: TransformerBridge,
-    cases: Sequence[Case],
-    edits: Sequence[Edit | None] | None,
-    texts: Sequence[str],
-) -> Scores:
-    """The loss of each text under each case's edit: ``value`` is the mean NLL of its N - 1 predicted tokens.
+def check_prompts(model: TransformerBridge, case: Case) -> None:
+    """Raises a ValueError for a prompt that does not fit the model's context together with its continuation."""
+    for prompt in case.generation:
+        check_room(model, encode(model, prompt), LENGTH)
 
-    The reported PPL is the exponential of the mean over all predicted tokens of all texts.
+
+def predicted(model: TransformerBridge, texts: Sequence[str]) -> list[Completion]:
+    """The texts of `perplexity`, tokenized: everything but the first token is predicted.
 
     Raises:
-        ValueError: a number of edits other than that of cases, or a text of fewer than two tokens, or longer than the
-            model's context.
+        ValueError: a single text instead of several, one of fewer than two tokens, or longer than the model's context.
     """
-    check_input(model, cases, edits)
+    if isinstance(texts, str):
+        raise ValueError(f"the texts for perplexity are the text {texts[:60]!r}; expected a list of texts")
     completions = []
     for text in texts:
         tokens = encode(model, text)
         if len(tokens) < 2:
             raise ValueError(f"the text {text!r} has a single token; perplexity needs at least two")
         completions.append(Completion(tokens.head(len(tokens) - 1), 0, tokens.ids[1:]))
-    if not texts:
-        return Scores.from_rows([])
+    return completions
+
+
+def perplexity(
+    model: TransformerBridge,
+    cases: Sequence[Case],
+    edits: Sequence[Edit | None] | None,
+    texts: Sequence[Completion],
+) -> Scores:
+    """The loss of each text under each case's edit: ``value`` is the mean NLL of its N - 1 predicted tokens.
+
+    The reported PPL is the exponential of the mean over all predicted tokens of all texts, of `predicted`.
+    """
     per_case = [None] * len(cases) if edits is None else list(edits)
-    answers = answer(model, [Question(edit, completion) for edit in per_case for completion in completions])
+    answers = answer(model, [Question(edit, completion) for edit in per_case for completion in texts])
     rows = [
         {
             "case": case.case_id,
             "task": "PPL",
-            "text": text,
-            "value": -a.log_probs.mean().item(),
-            "weight": len(a.log_probs),
+            "text": completion.tokens.text,
+            "value": -answered.log_probs.mean().item(),
+            "weight": len(answered.log_probs),
         }
-        for (case, text), a in zip(((c, t) for c in cases for t in texts), answers, strict=True)
+        for (case, completion), answered in zip(((c, t) for c in cases for t in texts), answers, strict=True)
     ]
     return Scores.from_rows(rows)

@@ -19,6 +19,8 @@ from attn_drift.edits import Edit, applied_to_rows
 from attn_drift.tokens import Tokens, own_tokenizer, pad
 
 ROWS_AT_ONCE = 256
+# Numbers in the KV cache of the rows that are continued at once.
+CACHED_AT_ONCE = 2**30
 TOP_K = 5
 
 
@@ -51,11 +53,7 @@ def continuations(model: TransformerBridge, openings: Sequence[Opening]) -> list
         FloatingPointError: the model gives logits that are not finite.
     """
     for opening in openings:
-        if len(opening.tokens) + opening.length > model.cfg.n_ctx:
-            raise ValueError(
-                f"the text has {len(opening.tokens)} tokens and is to be continued by {opening.length}, together more "
-                f"than the model's context of {model.cfg.n_ctx}; shorten it: {opening.tokens.text[:60]!r}"
-            )
+        check_room(model, opening.tokens, opening.length)
     texts: dict[int, str] = {}
     tokenizer = own_tokenizer(model)
     with tqdm(total=len(openings), desc="continuing texts", leave=False) as progress:
@@ -66,6 +64,15 @@ def continuations(model: TransformerBridge, openings: Sequence[Opening]) -> list
                 texts[i] = _text(tokenizer, ids[: row.length])
             progress.update(len(group))
     return [texts[i] for i in range(len(openings))]
+
+
+def check_room(model: TransformerBridge, tokens: Tokens, length: int) -> None:
+    """Raises a ValueError for a text that does not fit the model's context together with its continuation."""
+    if len(tokens) + length > model.cfg.n_ctx:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens and is to be continued by {length}, together more than the model's "
+            f"context of {model.cfg.n_ctx}; shorten it: {tokens.text[:60]!r}"
+        )
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -81,6 +88,7 @@ def _groups(model: TransformerBridge, openings: Sequence[Opening]) -> Iterator[l
     order = sorted(
         range(len(openings)), key=lambda i: (openings[i].seed is None, openings[i].length, len(openings[i].tokens))
     )
+    per_token = 2 * model.cfg.n_layers * model.cfg.d_model
     group: list[int] = []
     for i in order:
         first = openings[group[0]] if group else openings[i]
@@ -88,9 +96,11 @@ def _groups(model: TransformerBridge, openings: Sequence[Opening]) -> Iterator[l
         other_length = openings[i].length > 2 * first.length
         # All rows are continued by as many tokens as the longest continuation has.
         longest = max(len(openings[j].tokens) for j in (*group, i))
-        too_long = longest + openings[i].length > model.cfg.n_ctx
+        width = longest + openings[i].length
+        full = len(group) == ROWS_AT_ONCE or (len(group) + 1) * width * per_token > CACHED_AT_ONCE
+        too_long = width > model.cfg.n_ctx
         uneven = not padded and len(openings[i].tokens) != len(first.tokens)
-        if group and (len(group) == ROWS_AT_ONCE or other_kind or other_length or too_long or uneven):
+        if group and (full or other_kind or other_length or too_long or uneven):
             yield group
             group = []
         group.append(i)

@@ -12,8 +12,10 @@ from attn_drift.editors.presets import preset_gamma
 from attn_drift.editors.rome import ROMEConfig, rome
 from attn_drift.edits import Edit
 from attn_drift.models import check_layer
+from attn_drift.moments import SecondMoment, sampled_moment
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import SADR
+from attn_drift.sampling import sample_contexts
 
 NONE = "none"
 RESTRICTED = "sadr"
@@ -79,6 +81,8 @@ class Method:
             key, equals, text = item.partition("=")
             if not equals or key not in settings | restriction:
                 raise ValueError(f"{item!r} of {name!r}: expected setting=value of {sorted(settings | restriction)}")
+            if key in values:
+                raise ValueError(f"{name!r} sets {key} twice; expected each setting once")
             try:
                 values[key] = TypeAdapter((settings | restriction)[key]).validate_python(text)
             except ValidationError as error:
@@ -112,8 +116,10 @@ def parse_methods(names: Sequence[str]) -> list[Method]:
     """The methods of a list of names, the unedited model first whether or not it is named.
 
     Raises:
-        ValueError: a bad name, or one given twice.
+        ValueError: a bad name, one given twice, or a text instead of a list.
     """
+    if isinstance(names, str):
+        raise ValueError(f"the methods are the text {names!r}; expected a list of names")
     names = [name.strip() for name in names if name.strip() and name.strip() != NONE]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -145,16 +151,17 @@ class BoundMethod:
         """Steps of the optimiser; 0 for the unedited model."""
         return 0 if self.config is None else self.config.steps
 
-    def edits(self, model: TransformerBridge, requests: Sequence[EditRequest], seed: int) -> list[Edit] | None:
-        """An edit for each request, with contexts sampled from ``seed``; None for the unedited model."""
-        if self.method.editor is None:
+    def edits(self, requests: Sequence[EditRequest], supplies: "Supplies") -> list[Edit] | None:
+        """An edit for each request; None for the unedited model."""
+        if self.method.editor is None or self.config is None:
             return None
         return EDITORS[self.method.editor].edit(
-            model,
+            supplies.model,
             list(requests),
             config=self.config,
             restrict=self.restrict,
-            generator=torch.Generator().manual_seed(seed),
+            contexts=supplies.contexts(self.config.context_lengths),
+            moment=supplies.moment(self.config.layer),
         )
 
     def record(self) -> dict[str, Any]:
@@ -166,3 +173,30 @@ class BoundMethod:
             "gamma": self.gamma,
             "steps": self.steps,
         }
+
+
+class Supplies:
+    """What edits of a model share, made when it is first needed and kept: contexts and second moments.
+
+    Args:
+        model: the model.
+        seed: of the contexts.
+    """
+
+    def __init__(self, model: TransformerBridge, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self._contexts: dict[tuple[tuple[int, int], ...], list[str]] = {}
+        self._moments: dict[int, SecondMoment] = {}
+
+    def contexts(self, lengths: tuple[tuple[int, int], ...]) -> list[str]:
+        """`sample_contexts` from the seed."""
+        if lengths not in self._contexts:
+            generator = torch.Generator().manual_seed(self.seed)
+            self._contexts[lengths] = sample_contexts(self.model, generator, lengths)
+        return self._contexts[lengths]
+
+    def moment(self, layer: int) -> SecondMoment:
+        """`sampled_moment` of a layer."""
+        if layer not in self._moments:
+            self._moments[layer] = sampled_moment(self.model, layer)
+        return self._moments[layer]

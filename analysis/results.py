@@ -48,8 +48,19 @@ class Results:
 
     @property
     def methods(self) -> list[str]:
-        """Names of the methods, the unedited model first."""
-        return list(self.config["methods"])
+        """Names of the methods that have run on all cases, the unedited model first."""
+        return [name for name in self.config["methods"] if name not in self.incomplete]
+
+    @cached_property
+    def incomplete(self) -> list[str]:
+        """Names of the methods that have not: what they have is in no summary."""
+        cases, batch = self.config["cases"]["n"], self.config["identity"]["batch_cases"]
+        expected = range(-(-cases // batch))
+        return [
+            name
+            for name in self.config["methods"]
+            if not all(part_path(self.folder, name, chunk).is_file() for chunk in expected)
+        ]
 
     def scores(self, method: str, texts: bool = True) -> Scores:
         """All scores of a method.
@@ -71,12 +82,12 @@ class Results:
         return pd.concat(tables, ignore_index=True)[["method", "case", "error"]]
 
     def _parts(self, method: str, columns: list[str] | None) -> pd.DataFrame:
-        if method not in self.methods:
-            raise KeyError(f"the benchmark has no method {method!r}; it has {self.methods}")
+        if method not in self.config["methods"]:
+            raise KeyError(f"the benchmark has no method {method!r}; it has {list(self.config['methods'])}")
         paths = sorted(part_path(self.folder, method, 0).parent.glob("*.parquet"))
         if not paths:
             raise FileNotFoundError(f"no part of {method!r} has been written to {self.folder} yet")
-        return pd.concat([pd.read_parquet(path, columns=columns) for path in paths], ignore_index=True)
+        return pd.concat([read_part(path, columns) for path in paths], ignore_index=True)
 
     @cached_property
     def _numbers(self) -> dict[str, Scores]:
@@ -131,14 +142,35 @@ class Results:
 
 
 def _differences(first: Scores, second: Scores) -> list[dict[str, Any]]:
-    rows = []
-    for task in first.tasks:
-        for measure in ("value",) if task in PROSE else MEASURES:
-            name = task if measure in ("value", "success") else f"{task}_{measure}"
-            try:
-                found = first.difference(second, task, measure)
-            except KeyError:  # not measured
-                continue
-            row = {"metric": name, "difference": found.mean, "low": found.low, "high": found.high, "p": found.p}
-            rows.append({**row, "n": found.n})
-    return rows
+    """The differences of all that was measured in both."""
+    measures = [
+        (task, measure)
+        for task in first.tasks
+        for measure in (("value",) if task in PROSE else MEASURES)
+        if first.shares(second, task, measure)
+    ]
+    if not measures:
+        return []
+    return [
+        {
+            "metric": task if measure in ("value", "success") else f"{task}_{measure}",
+            "difference": found.mean,
+            "low": found.low,
+            "high": found.high,
+            "p": found.p,
+            "n": found.n,
+        }
+        for (task, measure), found in first.differences(second, measures).items()
+    ]
+
+
+def read_part(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A part.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the part {path} is damaged ({error}); delete it and run the benchmark again") from error

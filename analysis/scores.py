@@ -91,7 +91,7 @@ class Scores:
         Raises:
             KeyError: there are none.
         """
-        column = column or ("value" if task in PROSE else "success")
+        column = column or _main(task)
         texts = self.frame[(self.frame["task"] == task) & self.frame[column].notna()]
         if texts.empty:
             raise KeyError(f"no {column!r} was measured on a text of {task!r}; there are the tasks {self.tasks}")
@@ -105,7 +105,7 @@ class Scores:
         Raises:
             KeyError: nothing of that task was measured so.
         """
-        column = column or ("value" if task in PROSE else "success")
+        column = column or _main(task)
         totals, counts = self._sums
         if task in self.tasks:
             sums = pd.DataFrame({"total": totals.loc[task, column], "count": counts.loc[task, column]})
@@ -117,7 +117,7 @@ class Scores:
     @cached_property
     def _sums(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Weighted sums, and sums of weights, of every column of numbers: index ``task``, ``case``."""
-        columns = [name for name in (*MEASURES, "value") if name in self.frame]
+        columns = [name for name, dtype in DTYPES.items() if dtype != "str" and name in self.frame]
         values = self.frame[columns].astype("float64")
         weights = self.frame["weight"] if "weight" in self.frame else pd.Series(1.0, self.frame.index)
         groups = [self.frame["task"], self.frame["case"]]
@@ -134,7 +134,8 @@ class Scores:
         mean = float(np.average(texts["value"], weights=texts["weight"]))
         low, high = bootstrap(sums["total"].to_numpy(), sums["count"].to_numpy(), seed)
         if task == "PPL":
-            mean, low, high = np.exp((mean, low, high)).tolist()
+            with np.errstate(over="ignore"):
+                mean, low, high = np.exp((mean, low, high)).tolist()
             return Interval(mean, low, high, None, len(sums), len(texts))
         return Interval(mean, low, high, pooled_half_width(texts["value"].to_numpy()), len(sums), len(texts))
 
@@ -157,16 +158,54 @@ class Scores:
         Raises:
             KeyError: there is no case on which both were measured.
         """
-        mine, theirs = self.per_case(task, column), other.per_case(task, column)
-        both = mine.merge(theirs, left_index=True, right_index=True, suffixes=("", "_other"))
-        if both.empty:
-            raise KeyError(f"no case has texts of the task {task!r} in both scores")
-        totals, counts = both[["total", "total_other"]].to_numpy(), both[["count", "count_other"]].to_numpy()
+        column = column or _main(task)
+        return self.differences(other, [(task, column)], seed)[task, column]
+
+    def differences(
+        self, other: "Scores", measures: Sequence[tuple[str, str]], seed: int = 0
+    ) -> dict[tuple[str, str], Difference]:
+        """`difference` for several pairs of a task and a column, from the same draws of cases.
+
+        Raises:
+            KeyError: there is no case on which both were measured.
+        """
+        mine, theirs = self._table(measures), other._table(measures)
+        both = mine.index.intersection(theirs.index, sort=False)
+        mine, theirs = mine.loc[both], theirs.loc[both]
+        # Only where both were measured.
+        here = np.asarray((mine["count"] > 0) & (theirs["count"] > 0))
+        measured = np.asarray(here.any(axis=0))
+        if not measured.all():
+            lacking = [pair for pair, found in zip(measures, measured, strict=True) if not found]
+            raise KeyError(f"no case was measured in both scores by {lacking}")
+        totals = np.concatenate([np.where(here, t["total"], 0.0) for t in (mine, theirs)], axis=1)
+        counts = np.concatenate([np.where(here, t["count"], 0.0) for t in (mine, theirs)], axis=1)
+        m = len(measures)
         means = totals.sum(0) / counts.sum(0)
-        low, high = bootstrap(totals, counts, seed, lambda drawn: drawn[:, 0] - drawn[:, 1])
-        # A multiple of each case's share of the difference, exact for counts, so that ties are seen as ties.
-        p = sign_flip_p(totals[:, 0] * counts[:, 1].sum() - totals[:, 1] * counts[:, 0].sum())
-        return Difference(float(means[0] - means[1]), low, high, p, len(both))
+        drawn = resampled_means(totals, counts, seed)
+        low, high = np.nanquantile(drawn[:, :m] - drawn[:, m:], (0.025, 0.975), axis=0)
+        shares = totals / counts.sum(0)
+        p = sign_flip_p(shares[:, :m] - shares[:, m:])
+        return {
+            pair: Difference(
+                float(means[i] - means[m + i]), float(low[i]), float(high[i]), float(p[i]), int(here[:, i].sum())
+            )
+            for i, pair in enumerate(measures)
+        }
+
+    def shares(self, other: "Scores", task: str, column: str) -> bool:
+        """Whether there is a case on which both were measured."""
+        try:
+            mine, theirs = self.per_case(task, column), other.per_case(task, column)
+        except KeyError:
+            return False
+        return not mine.index.intersection(theirs.index).empty
+
+    def _table(self, measures: Sequence[tuple[str, str]]) -> pd.DataFrame:
+        """`per_case` of several measures: columns (``total`` or ``count``, place), 0 where a case was not measured."""
+        sums = {place: self.per_case(task, column) for place, (task, column) in enumerate(measures)}
+        wide = pd.concat(sums, axis=1).swaplevel(axis=1).fillna(0.0)
+        return wide.sort_index(axis=1)
 
     def summary(self) -> pd.DataFrame:
         """Per task the mean and intervals of ``success`` (``value`` for FL, CS, PPL), and the other measures' means."""
@@ -180,6 +219,11 @@ class Scores:
             rows.append({"task": task, **interval, **others})
         columns = ["mean", "low", "high", "half_width", *MEASURES[1:], "n", "n_texts"]
         return pd.DataFrame(rows, columns=["task", *columns]).set_index("task")
+
+
+def _main(task: str) -> str:
+    """The column by which a task is scored."""
+    return "value" if task in PROSE else "success"
 
 
 def results_row(editor: str, gamma: float, steps: int, scores: Scores) -> dict[str, Any]:
@@ -200,6 +244,6 @@ def results_row(editor: str, gamma: float, steps: int, scores: Scores) -> dict[s
 
 
 def _cell(interval: Interval) -> dict[str, Any]:
-    cell = vars(interval).copy()
-    del cell["n_texts"]
-    return cell
+    """An interval as JSON takes it: what is not finite (an exploded perplexity) is missing."""
+    cell = {name: value for name, value in vars(interval).items() if name != "n_texts"}
+    return {name: value if value is None or np.isfinite(value) else None for name, value in cell.items()}

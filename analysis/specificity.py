@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.generation import Opening, continuations
+from analysis.generation import Opening, check_room, continuations
 from analysis.scores import Scores
 from attn_drift.cases import TASKS, Case, Probe, Task
 from attn_drift.edits import Edit, applied_to_rows
@@ -29,6 +29,10 @@ LOGITS_AT_ONCE = 2**26
 
 # Their objects are whole sentences, given to choose from: nobody expects a model to say them freely.
 CHOICES: tuple[Task, ...] = ("commonsense", "distracted_commonsense")
+
+# Scripts in which no space follows a word, as ranges of characters: Thai to Tibetan, Khmer, Japanese, Chinese, Korean
+# (whose particles follow without one).
+UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 
 # A free answer may spell the right object in more tokens than the tokenizer does, and must end it.
 SPARE_TOKENS = 2
@@ -75,6 +79,15 @@ def check_input(model: TransformerBridge, cases: Sequence[Case], edits: Sequence
         raise ValueError(f"{len(edits)} edits were given for {len(cases)} cases; expected one for each")
 
 
+def check_texts(model: TransformerBridge, case: Case) -> None:
+    """Raises a ValueError for a text of a case that cannot be scored: too long, or merged with its object."""
+    for task, probes in case.probes.items():
+        for probe in probes:
+            asked = _Asked.of(model, task, probe, None)
+            if asked.opening is not None:
+                check_room(model, asked.opening.tokens, asked.opening.length)
+
+
 @dataclass(frozen=True, eq=False)
 class _Asked:
     """What the model is asked about a probe."""
@@ -119,7 +132,8 @@ def _free_answer(probe: Probe, continuation: str) -> dict[str, Any]:
 def begins(continuation: str, answer: str) -> bool:
     """Whether a text begins with an answer, up to case and white space, and a word ends where it ends."""
     words = r"\s+".join(re.escape(word) for word in answer.split())
-    return re.match(rf"\s*{words}(?!\w)", continuation, re.IGNORECASE) is not None
+    end = "" if re.search(rf"[{UNSPACED}]$", answer.strip()) else r"(?!\w)"
+    return re.match(rf"\s*{words}{end}", continuation, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,6 +48,7 @@ def write_summaries(results: Results) -> None:
         "rows": results.rows,
         "differences": results.differences.to_dict("records"),
         "failures": failed.to_dict("records"),
+        "incomplete": results.incomplete,
     }
     with replacing(results.folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -91,15 +92,25 @@ def paired(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["measure", "difference", "mean", "p", "cases"])
 
 
+def settings_of_methods(results: Results) -> pd.DataFrame:
+    """What each method did: its settings, presets filled in."""
+    rows = []
+    for name in results.methods:
+        record = results.config["methods"][name]
+        settings = ", ".join(f"{key} {value}" for key, value in (record["config"] or {}).items())
+        rows.append({"method": name, "editor": settings or "-", "restriction": record["restrict"] or "-"})
+    return pd.DataFrame(rows)
+
+
 def _pooled(metric: str, cell: Cell | None) -> str:
-    if cell is None:
+    if cell is None or cell["mean"] is None:
         return ""
     scale, half = _scale(metric), cell["half_width"]
     return f"{scale * cell['mean']:.2f}" + ("" if half is None else f" ({scale * half:.1f})")
 
 
 def _ranged(metric: str, cell: Cell | None) -> str:
-    if cell is None:
+    if cell is None or cell["mean"] is None or cell["high"] is None:
         return ""
     scale = _scale(metric)
     return f"{scale * cell['mean']:.1f} [{scale * cell['low']:.1f}, {scale * cell['high']:.1f}]"
@@ -116,16 +127,18 @@ def _title(results: Results) -> str:
 
 def _settings(results: Results) -> str:
     config, failed = results.config, results.failures["case"].nunique()
+    unfinished = f" Unfinished, and left out: {', '.join(results.incomplete)}." if results.incomplete else ""
     return (
         f"Format {config['cases']['format']}, seed {config['seed']}; {config['cases']['n_skipped']} records skipped, "
-        f"{failed} cases failed."
+        f"{failed} cases failed.{unfinished}"
     )
 
 
 def _markdown(results: Results) -> str:
     lines = [f"# {_title(results)}", "", _settings(results), "", POOLED, "", *_table(table_three(results.rows)), ""]
     lines += ["## Every measure", "", EXPLAINED, "", *_table(with_intervals(results.rows)), ""]
-    lines += ["## Paired differences", "", PAIRED, "", *_table(paired(results))]
+    lines += ["## Paired differences", "", PAIRED, "", *_table(paired(results)), ""]
+    lines += ["## Methods", "", *_table(settings_of_methods(results))]
     if len(results.failures):
         lines += ["", "## Failed", "", *_table(results.failures)]
     return "\n".join(lines) + "\n"
@@ -133,7 +146,7 @@ def _markdown(results: Results) -> str:
 
 def _table(frame: pd.DataFrame) -> list[str]:
     rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    cells = [[" ".join(str(cell).replace("|", "\\|").replace("<", "&lt;").split()) for cell in row] for row in rows]
     return ["| " + " | ".join(row) + " |" for row in cells]
 
 
@@ -143,14 +156,17 @@ def benchmark_sections(results: Results) -> list[Section]:
     shown = long[long["metric"].isin(TABLE) & ~long["metric"].isin(PROSE) | long["metric"].eq("FL")]
     bars = [] if shown.empty else [plots.metric_bars(shown)]
     sections = [Section("Scores", [_settings(results), POOLED], table_three(results.rows), bars)]
-    if len(results.methods) > 2 and not shown.empty:
+    if len(results.methods) > 2:
         first, second = results.methods[1:3]
-        figure = plots.case_scatter({name: results.scores(name, texts=False) for name in (first, second)})
-        said = "One point per case: the mean probability of the right object over its texts."
-        sections.append(Section(f"Case by case: {second} against {first}", [said], None, [figure]))
+        pair = {name: results.scores(name, texts=False) for name in (first, second)}
+        if pair[first].shares(pair[second], "ES", "p_right"):
+            said = "One point per case: the mean probability of the right object over its texts."
+            figures = [plots.case_scatter(pair)]
+            sections.append(Section(f"Case by case: {second} against {first}", [said], None, figures))
     sections += [
         Section("Every measure", [EXPLAINED], with_intervals(results.rows)),
         Section("Paired differences", [PAIRED], paired(results)),
+        Section("Methods", [], settings_of_methods(results)),
     ]
     if len(results.failures):
         sections.append(Section("Failed", [], results.failures))

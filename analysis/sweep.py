@@ -39,8 +39,7 @@ class Sweep:
             raise ValueError("nothing to sweep; give values for gamma, learning_rate, steps or kl_factor")
         knobs: dict[str, dict[float, str]] = {}
         for knob, texts in values.items():
-            base = f"{editor}+sadr" if knob == GAMMA else editor
-            names = [f"{base}:{knob}={text.strip()}" for text in texts]
+            names = [_with(editor, knob, text.strip()) for text in texts]
             settings = [Method.parse(name) for name in names]
             found = [{**method.settings, **(method.restriction or {})}[knob] for method in settings]
             knobs[knob] = dict(sorted(zip(found, names, strict=True)))
@@ -54,17 +53,25 @@ class Sweep:
     def to_frame(self, results: Results) -> pd.DataFrame:
         """A row per point: ``line`` (the knob), ``value``, ``editor``, the scores, each with ``_low`` and ``_high``."""
         rows = {row["editor"]: row for row in results.rows}
-        preset = results.config["methods"][self.editor]["config"]
+        held = results.config["methods"][self.editor]
+        own_values = {GAMMA: held["gamma"], **held["config"]}
         points = []
         for knob, names in self.knobs.items():
-            own = 0.0 if knob == GAMMA else preset[knob]
-            for value, name in sorted({own: self.editor, **names}.items()):
+            for value, name in sorted({own_values[knob]: self.editor, **names}.items()):
                 point: dict[str, object] = {"line": knob, "value": value, "editor": name}
                 for score in SCORES:
                     if cell := rows[name].get(score):
                         point |= {score: cell["mean"], f"{score}_low": cell["low"], f"{score}_high": cell["high"]}
                 points.append(point)
         return pd.DataFrame(points)
+
+
+def _with(editor: str, knob: str, value: str) -> str:
+    """The name of a method with one more setting, restricted where the knob is the restriction's."""
+    head, *settings = editor.split(":")
+    if knob == GAMMA and "+" not in head:
+        head += "+sadr"
+    return ":".join([head, *settings, f"{knob}={value}"])
 
 
 def write_tradeoff(results: Results, sweep: Sweep) -> None:

@@ -159,6 +159,8 @@ def read_snippets(path: str | Path) -> Snippets:
         except RecordError as error:
             raise ValueError(f"{path}, record {index}: {error}") from None
         texts[record.relation_id, record.target_id] += [sample.text for sample in record.samples]
+    if not texts:
+        raise ValueError(f"{path} has no texts; expected relations, objects and samples")
     return Snippets(file.sha256, {ids: tuple(found) for ids, found in texts.items()})
 
 

@@ -3,8 +3,9 @@
 Accumulated and solved in float64 (method.md, section 4).
 """
 
+import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from attn_drift.hooks import is_hooked, key_point, read
 from attn_drift.models import check_layer, check_model, fingerprint, float64_device, mlp_width, origin
 from attn_drift.sampling import sample_documents
 from attn_drift.tokens import Tokens, encode_windows, pad
+
+log = logging.getLogger(__name__)
 
 FORMAT = "attn_drift.moment.1"
 TEXTS_AT_ONCE = 32
@@ -60,26 +63,30 @@ class SecondMoment:
     matrix: Float[Tensor, "d_mlp d_mlp"]
     n_tokens: int
     fingerprint: str
+    _factors: dict[tuple[float, str], FactoredMoment] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         return f"SecondMoment(L{self.layer}, {len(self.matrix)} x {len(self.matrix)}, {self.n_tokens} tokens)"
 
     def factored(self, ridge: float, device: torch.device) -> "FactoredMoment":
-        """Cholesky factors of ``C + ridge * mean(diag C) * I``, once for any number of solutions.
+        """Cholesky factors of ``C + ridge * mean(diag C) * I``: made once, kept for any number of solutions.
 
         Raises:
             ValueError: the matrix with its ridge is not positive definite.
         """
-        matrix = self.matrix.to(device)
-        shift = ridge * matrix.diagonal().mean()
-        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(shift.expand(len(matrix))))
-        if failed or not torch.isfinite(factor).all():
-            raise ValueError(
-                f"the second moment of layer {self.layer} ({self.n_tokens} tokens for {len(matrix)} dimensions) is not "
-                f"positive definite with a ridge of {ridge:g} of its mean diagonal: take it over more text, or raise "
-                "the ridge"
-            )
-        return FactoredMoment(factor)
+        key = (ridge, str(device))
+        if key not in self._factors:
+            matrix = self.matrix.to(device, copy=True)
+            matrix.diagonal().add_(ridge * matrix.diagonal().mean())
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if failed or not torch.isfinite(factor).all():
+                raise ValueError(
+                    f"the second moment of layer {self.layer} ({self.n_tokens} tokens for {len(matrix)} dimensions) is "
+                    f"not positive definite with a ridge of {ridge:g} of its mean diagonal: take it over more text, or "
+                    "raise the ridge"
+                )
+            self._factors[key] = FactoredMoment(factor)
+        return self._factors[key]
 
     def check_fits(self, model: TransformerBridge, layer: int) -> None:
         """Raises a ValueError for a moment of another layer, shape or model, or one not finite and symmetric."""
@@ -170,7 +177,10 @@ def sampled_moment(model: TransformerBridge, layer: int, seed: int = 0) -> Secon
     key = {**origin(model), "layer": layer, "seed": seed, "n_tokens": n_tokens, "length": length}
     path = cache_path("moments", ".safetensors", key)
     if path.is_file() and not is_hooked(model):
-        return SecondMoment.load(path)
+        try:
+            return SecondMoment.load(path)
+        except ValueError as error:
+            log.warning("%s; it is made anew", error)
     moment = second_moment(model, layer, sample_documents(model, n_tokens, length, seed))
     if not is_hooked(model):
         with keeping():

@@ -24,6 +24,7 @@ from attn_drift.requests import SLOT, EditRequest
 from attn_drift.tokens import find_subject
 
 SHOWN = 400
+LONGEST_ID = 200
 
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 _EXPECTED = {"string_type": "a text", "list_type": "a list", "model_type": "an object"}
@@ -108,6 +109,12 @@ def _distinct(names: list[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name.strip()]
 
 
+def _short(identity: str) -> str:
+    if len(identity) > LONGEST_ID:
+        raise ValueError(f"{len(identity)} characters; expected at most {LONGEST_ID}")
+    return identity
+
+
 def _as_identity(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
@@ -122,7 +129,7 @@ OneText = Annotated[Text, BeforeValidator(_of_one)]
 Texts = Annotated[list[Text], BeforeValidator(_as_list)]
 # Names of one object, the first of them the usual one: given as a text, a list or a list of lists.
 Names = Annotated[list[Whole], BeforeValidator(_flat), AfterValidator(_distinct)]
-Identity = Annotated[Text, BeforeValidator(_as_identity)]
+Identity = Annotated[Text, AfterValidator(_short), BeforeValidator(_as_identity)]
 
 
 class Part(BaseModel):

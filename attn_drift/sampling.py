@@ -1,6 +1,7 @@
 """Texts sampled from the model itself: the contexts of an edit, and the text of a second moment."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from attn_drift.hooks import is_hooked
 from attn_drift.models import origin
 from attn_drift.requests import SLOT
 from attn_drift.tokens import Tokens, encode, own_tokenizer
+
+log = logging.getLogger(__name__)
 
 # First words of ROME's context templates.
 STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -49,7 +52,10 @@ def sample_contexts(
     key = {**origin(model), "seed": seed, "starts": STARTS, "lengths": lengths, "top_k": TOP_K}
     path = cache_path("contexts", ".json", key)
     if path.is_file():
-        return [str(context) for context in json.loads(path.read_text(encoding="utf-8"))]
+        try:
+            return [str(context) for context in json.loads(path.read_text(encoding="utf-8"))]
+        except ValueError:
+            log.warning("the cached contexts %s are damaged; they are made anew", path)
     contexts = _sample_contexts(model, seed, lengths)
     with keeping(), replacing(path) as temporary:
         temporary.write_text(json.dumps(contexts), encoding="utf-8")

@@ -8,6 +8,7 @@ Adam on ``delta`` alone, for many requests at once: each has its own delta, its 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,14 +48,16 @@ class ValueConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; expected at least 1")
-        if not (self.learning_rate > 0 and self.clamp > 0):
+        if not (0 < self.learning_rate < inf and 0 < self.clamp < inf):
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and clamp {self.clamp}; expected both to be positive"
             )
-        if not (self.weight_decay >= 0 and self.kl_factor >= 0):
+        if not (0 <= self.weight_decay < inf and 0 <= self.kl_factor < inf):
             raise ValueError(
                 f"weight_decay is {self.weight_decay} and kl_factor {self.kl_factor}; expected neither to be negative"
             )
+        if not isfinite(self.stop_loss):
+            raise ValueError(f"stop_loss is {self.stop_loss}; expected a number, negative for no early stop")
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ import attn_drift as ad
 from analysis import cli, engines
 from analysis.benchmark import _run, benchmark
 from analysis.demo import demonstrate
-from analysis.engines import PART_DTYPES, Job, Plan
+from analysis.engines import PART_DTYPES, Job, Plan, RayEngine
 from analysis.methods import parse_methods
 from analysis.results import Results, part_path
 from analysis.scores import Scores
+from analysis.specificity import score
 from analysis.sweep import Sweep, write_tradeoff
 from attn_drift.datasets import CaseFile, read_cases, read_snippets
 
@@ -286,31 +289,143 @@ def test_the_unedited_model_is_scored_once_per_model_and_file(
     assert len(benchmark(model, other, [], tmp_path / "third").failures) == 3
 
 
-def test_an_edit_in_effect_does_not_reach_the_cache(
-    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path
-) -> None:
+def test_a_model_under_an_edit_is_refused(model: TransformerBridge, cases: CaseFile, tmp_path: Path) -> None:
     config = ad.ROMEConfig(layer=0, steps=2)
     edit = ad.rome(model, ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano"), config=config)
-    with edit.applied(model):
-        benchmark(model, cases, [], tmp_path / "edited", batch_cases=2)
-    benchmark(model, cases, [], tmp_path / "plain", batch_cases=2)
-    assert_same(whole, tmp_path / "plain", ["none"])
-    assert not tables(tmp_path / "edited", ["none"])["none"].equals(tables(whole, ["none"])["none"])
+    with edit.applied(model), pytest.raises(ValueError, match="an edit in effect; take them off"):
+        benchmark(model, cases, [], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-def test_another_runs_folder_is_refused(model: TransformerBridge, cases: CaseFile, tmp_path: Path) -> None:
+def test_another_runs_folder_is_refused(
+    model: TransformerBridge, cases: CaseFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     benchmark(model, cases, [], tmp_path)
+    with pytest.raises(ValueError, match="differs in cases"):
+        benchmark("no such model", read_cases(write(tmp_path / "other.json", [record(1)])), [], tmp_path)
+    with pytest.raises(ValueError, match="differs in a smaller number of cases"):
+        benchmark("no such model", read_cases(cases.path, limit=2), [], tmp_path)
     for options, name in ({"seed": 1}, "seed"), ({"batch_cases": 3}, "batch_cases"), ({"corpus": ["a b"]}, "corpus"):
         with pytest.raises(ValueError, match=f"holds another run: it differs in {name}"):
-            benchmark(model, cases, [], tmp_path, **options)
-    other = read_cases(write(tmp_path / "other.json", [record(1)]))
-    with pytest.raises(ValueError, match="differs in cases, n_cases"):
-        benchmark(model, other, [], tmp_path)
+            benchmark("no such model", cases, [], tmp_path, **options)
     config = json.loads((tmp_path / "config.json").read_text())
     config["methods"]["rome"] = {}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="differs in rome"):
         benchmark(model, cases, ["rome"], tmp_path)
+
+
+def test_a_foreign_folder_is_left_alone(model: TransformerBridge, cases: CaseFile, tmp_path: Path) -> None:
+    (tmp_path / ".theirs.tmp").touch()
+    for content in ('{"model_type": "gpt2"}', '{"model_', "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json is not of a benchmark, or damaged"):
+            benchmark(model, cases, [], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".theirs.tmp", "config.json"]
+
+
+def test_more_cases_may_be_added(model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path) -> None:
+    benchmark(model, read_cases(cases.path, limit=3), METHODS, tmp_path, batch_cases=2)
+    results = benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert results.config["cases"]["n"] == 7
+    assert_same(whole, tmp_path)
+
+
+def test_an_unfinished_method_is_in_no_summary(model: TransformerBridge, cases: CaseFile, tmp_path: Path) -> None:
+    benchmark(model, cases, METHODS[:1], tmp_path, batch_cases=2)
+    part_path(tmp_path, METHODS[0], 1).unlink()
+    results = benchmark(model, cases, METHODS[1:], tmp_path, batch_cases=2)
+    assert [row["editor"] for row in results.rows] == ["none", METHODS[1]]
+    assert results.incomplete == [METHODS[0]]
+    assert f"left out: {METHODS[0]}" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    finished = benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert [row["editor"] for row in finished.rows] == NAMES and not finished.incomplete
+
+
+def test_a_passing_failure_is_retried_when_asked(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory in one method: the others have their table; then the rest is made, and it is the same table."""
+    held: list[weakref.ref[Any]] = []
+
+    def broken(model: TransformerBridge, several: list[Any], edits: Any) -> Scores:
+        if edits is not None and edits[0].method["restrict"] is None:
+            assert not [ref for ref in held if ref() is not None], "what a failed chunk held is free"
+            big = torch.zeros(10)
+            held.append(weakref.ref(big))
+            raise torch.OutOfMemoryError("too much")
+        return score(model, several, edits)
+
+    monkeypatch.setattr(engines, "score", broken)
+    first = benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert len(first.failures) == 7 and first.rows[1] == {"editor": METHODS[0], "gamma": 0.0, "steps": 2}
+    assert first.rows[2]["DNS"]["n"] == 7 and (tmp_path / "report.html").is_file()
+    monkeypatch.setattr(engines, "score", score)
+    assert len(benchmark(model, cases, METHODS, tmp_path, batch_cases=2).failures) == 7
+    assert not len(benchmark(model, cases, METHODS, tmp_path, batch_cases=2, retry_failed=True).failures)
+    assert_same(whole, tmp_path)
+
+
+def test_a_fault_that_is_no_cases_stops_the_run(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+
+    def broken(*args: Any) -> Scores:
+        if next(calls) == 4:
+            raise OSError("no space left on the device")
+        return score(*args)
+
+    monkeypatch.setattr(engines, "score", broken)
+    with pytest.raises(OSError, match="no space left"):
+        benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert len(list(tmp_path.rglob("*.parquet"))) == 4 and not (tmp_path / ".lock").exists()
+    benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert_same(whole, tmp_path)
+
+
+def test_damaged_files_of_the_cache_are_made_anew(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "cache"
+    shutil.copytree(os.environ["ATTN_DRIFT_CACHE"], own)
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(own))
+    benchmark(model, cases, METHODS[:1], tmp_path / "first", batch_cases=2)
+    damaged = [path for path in own.rglob("*") if path.is_file()]
+    assert {path.parent.name for path in damaged} == {"contexts", "moments", "unedited"}
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:40])
+    benchmark(model, cases, METHODS[:1], tmp_path / "second", batch_cases=2)
+    assert_same(tmp_path / "first", tmp_path / "second", NAMES[:2])
+    mended = [path for path in damaged if path.stat().st_size > 40]
+    assert {path.parent.name for path in mended} == {"contexts", "moments", "unedited"}
+
+
+def test_a_damaged_part_is_named(model: TransformerBridge, cases: CaseFile, tmp_path: Path) -> None:
+    benchmark(model, cases, [], tmp_path)
+    part_path(tmp_path, "none", 0).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"000000\.parquet is damaged .* delete it"):
+        benchmark(model, cases, [], tmp_path)
+
+
+def test_what_edits_share_is_made_once(
+    model: TransformerBridge, cases: CaseFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"load": 0, "cholesky": 0}
+    load, cholesky = ad.SecondMoment.load.__func__, torch.linalg.cholesky_ex
+
+    def counted_load(cls: type, path: Path) -> ad.SecondMoment:
+        counts["load"] += 1
+        return load(cls, path)
+
+    def counted_cholesky(*args: Any) -> Any:
+        counts["cholesky"] += 1
+        return cholesky(*args)
+
+    monkeypatch.setattr(ad.SecondMoment, "load", classmethod(counted_load))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counted_cholesky)
+    benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert counts["load"] <= 1 and counts["cholesky"] == 1
 
 
 def test_bad_arguments_are_named_before_anything_runs(
@@ -320,6 +435,10 @@ def test_bad_arguments_are_named_before_anything_runs(
         benchmark(model, cases, [], tmp_path, batch_cases=0)
     with pytest.raises(ValueError, match="the editor 'memo'"):
         benchmark(model, cases, ["memo"], tmp_path)
+    with pytest.raises(ValueError, match="the corpus is the text 'a b c'"):
+        benchmark(model, cases, [], tmp_path, corpus="a b c")
+    with pytest.raises(ValueError, match="the text 'I' has a single token"):
+        benchmark(model, cases, [], tmp_path, corpus=["a b c", "I"])
     with pytest.raises(ValueError, match="a loaded model was given for the engine 'ray'"):
         benchmark(model, cases, [], tmp_path, engine="ray")
     with pytest.raises(FileNotFoundError, match="is no benchmark"):
@@ -334,7 +453,7 @@ def test_snippets_and_corpus(model: TransformerBridge, cases: CaseFile, tmp_path
     told = read_snippets(write(tmp_path / "snippets.json", snippets))
     cases = read_cases(cases.path, snippets=told)
     corpus = ["Ada Bellini plays the cello", "The man met a friend in town"]
-    results = benchmark(model, cases, METHODS[:1], tmp_path / "out", snippets=told, corpus=corpus, batch_cases=3)
+    results = benchmark(model, cases, METHODS[:1], tmp_path / "out", corpus=corpus, batch_cases=3)
     rows = results.rows
     assert rows[0]["CS"]["n"] == 3 and 0 <= rows[0]["CS"]["mean"] <= 1
     assert rows[0]["PPL"]["n"] == 7 and rows[0]["PPL"]["low"] == pytest.approx(rows[0]["PPL"]["high"])
@@ -380,13 +499,37 @@ def test_ray_gives_the_same_table(
     folder: str, cases: CaseFile, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    results = benchmark(
-        folder, cases, METHODS, tmp_path, batch_cases=2, engine="ray", workers=2, options={"device": "cpu"}
-    )
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(RayEngine, "_give", dying(RayEngine._give, ray))
+    options: dict[str, Any] = {"batch_cases": 2, "engine": "ray", "workers": 2, "options": {"device": "cpu"}}
+    with pytest.raises(ValueError, match="layer 99 is out of range"):
+        benchmark(folder, cases, ["rome:layer=99"], tmp_path, **options)
+    results = benchmark(folder, cases, METHODS, tmp_path, **options)
     assert_same(whole, tmp_path)
     assert not len(results.failures)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == json.loads((whole / "summary.json").read_text())
+
+
+def dying(give: Callable[..., None], ray: Any) -> Callable[..., None]:
+    """The first actor to get a job dies of it: another one has to take it."""
+    given = iter(range(1000))
+
+    def give_and_kill(engine: RayEngine, job: Job) -> None:
+        actor = engine._idle[-1]
+        give(engine, job)
+        if next(given) == 0:
+            ray.kill(actor)
+
+    return give_and_kill
+
+
+def test_ray_actors_find_room() -> None:
+    """More actors than processors or accelerators, and fewer."""
+    assert engines._shares({"CPU": 2.0}, 4, None) == {"num_cpus": 0.5}
+    assert engines._shares({"CPU": 16.0}, 3, None) == {"num_cpus": 5.0}
+    assert engines._shares({"CPU": 8.0, "GPU": 2.0}, 3, None) == {"num_cpus": 2.0, "num_gpus": 0.5}
+    assert engines._shares({"CPU": 8.0, "GPU": 2.0}, 2, "cpu") == {"num_cpus": 4.0}
 
 
 def attn_drift(*arguments: object) -> subprocess.Popen[str]:

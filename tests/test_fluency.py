@@ -134,7 +134,13 @@ def test_consistency_of_the_same_and_of_other_texts() -> None:
 
 REQUEST = ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano")
 CASES = [
-    Case("first", REQUEST, {}, ("Ada Bellini", "The man who met Ada is"), ("is of an and in by", "was seen. The man who met the")),
+    Case(
+        "first",
+        REQUEST,
+        {},
+        ("Ada Bellini", "The man who met Ada is"),
+        ("is of an and in by", "was seen. The man who met the"),
+    ),
     Case("none", REQUEST, {}),
     Case("second", REQUEST, {}, ("Ada Bellini",), ("plays ho el en ow ell is in gan ian Ca fr",)),
     Case("third", REQUEST, {}, ("Ada Bellini",)),
@@ -142,7 +148,7 @@ CASES = [
 ]
 EDITS = [0, 1, None, 2, 2]
 # Whole tokens of the small tokenizer, which is what random models make words of.
-CORPUS = ["is of an and in by", "was seen the man who met", "plays ho el en ow ell gan ian", "ca fr rla the in cell pian"]
+CORPUS = ["is of an and in by", "was seen the man who met", "plays ho el en ow ell gan ian", "fr rla the in cell pian"]
 
 
 def seed_of(seed: int, case: Case, place: int) -> int:
@@ -178,12 +184,12 @@ def edits_of(architecture: str) -> list[ad.Edit | None]:
 
 @cache
 def small_prose(architecture: str, bos: bool) -> list[tuple[str, str, str | None, float]]:
-    return plain_prose([plain(architecture, torch.float32, bos, edit) for edit in EDITS], CASES, 16)
+    return plain_prose([plain(architecture, torch.float32, bos, edit) for edit in EDITS], CASES, 10)
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_prose_equals_one_text_at_a_time(architecture: str, bos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LENGTH", 16)
+    monkeypatch.setattr(module, "LENGTH", 10)
     model, edits, consistency = bridge(architecture, bos=bos), edits_of(architecture), Consistency(CORPUS)
     for model.tokenizer.padding_side, rows in (("left", 256), ("right", 1)):
         monkeypatch.setattr("analysis.generation.ROWS_AT_ONCE", rows)
@@ -230,7 +236,7 @@ def test_draws_are_those_of_seed_case_and_place_only(monkeypatch: pytest.MonkeyP
 
 
 TEXT = "The man who met a friend of Carla is Ada Bellini."
-PPL_TEXTS = [TEXT, "Ada plays the", "Ünal.", TEXT]
+PPL_TEXTS = ["The man who met Carla is Ada.", "Ada plays the", "Ünal."]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,7 @@ def test_perplexity_equals_one_text_at_a_time(architecture: str, bos: bool, dtyp
     """N - 1 predicted tokens of N, a BOS among the N but never predicted; the mean over tokens, not over texts."""
     model = bridge(architecture, dtype, bos)
     expected = []
-    for case, edit in zip(CASES, EDITS, strict=True):
+    for case, edit in zip(CASES[:3], EDITS[:3], strict=True):
         reference = plain(architecture, dtype, bos, edit)
         for text in PPL_TEXTS:
             ids = reference.ids(text)
@@ -251,13 +257,13 @@ def test_perplexity_equals_one_text_at_a_time(architecture: str, bos: bool, dtyp
             continue
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("analysis.specificity.ROWS_AT_ONCE", rows)
-            scores = perplexity(model, CASES, edits_of(architecture), PPL_TEXTS)
+            scores = perplexity(model, CASES[:3], edits_of(architecture)[:3], PPL_TEXTS)
         for found, (case, text, loss, n) in zip(scores.frame.to_dict("records"), expected, strict=True):
             assert (found["case"], found["task"], found["text"], found["weight"]) == (case, "PPL", text, n)
             assert found["value"] == pytest.approx(loss / n, abs=1e-5)
         total, n_tokens = sum(row[2] for row in expected), sum(row[3] for row in expected)
         assert scores.interval("PPL").mean == pytest.approx(math.exp(total / n_tokens), rel=1e-5)
-        assert (scores.interval("PPL").n, scores.interval("PPL").n_texts) == (5, 20)
+        assert (scores.interval("PPL").n, scores.interval("PPL").n_texts) == (3, 9)
     assert n_hooks(model) == 0
 
 

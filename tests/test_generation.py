@@ -160,7 +160,7 @@ def alone(architecture: str, request: Request) -> str:
     requests=st.lists(st.sampled_from(POOL), max_size=10),
     rows=st.sampled_from([1, 2, 3, 256]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_company_changes_nothing(architecture: str, requests: list[Request], rows: int) -> None:
     model = bridge(architecture)
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.methods import NONE, Method, parse_methods
+from analysis.methods import NONE, Method, Supplies, parse_methods
 from analysis.sweep import Sweep
 from attn_drift.editors.presets import preset_gamma
 
@@ -29,7 +29,7 @@ def test_presets_fill_in_what_is_not_said(demo: TransformerBridge) -> None:
     assert bound.config == ad.ROMEConfig.for_model(demo) and bound.restrict == ad.SADR(gamma=0.1)
     assert Method.parse("rome").bind(demo).restrict is None
     none = Method.parse(NONE).bind(demo)
-    assert (none.gamma, none.steps, none.edits(demo, [], 0)) == (0.0, 0, None)
+    assert (none.gamma, none.steps, none.edits([], Supplies(demo, 0))) == (0.0, 0, None)
 
 
 def test_gamma_scales_with_the_heads_where_nothing_is_published(
@@ -40,10 +40,14 @@ def test_gamma_scales_with_the_heads_where_nothing_is_published(
     assert "has no preset weight of SADR" in caplog.text
 
 
+def test_gamma_scales_with_the_heads_at_another_layer(demo: TransformerBridge) -> None:
+    assert [preset_gamma("rome", demo, layer) for layer in (2, 0, 4)] == [0.1, 0.06, 0.3]
+
+
 def test_edits_are_those_of_the_function(small: TransformerBridge) -> None:
     request = ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano")
     method = Method.parse("rome+sadr:gamma=0.3:layer=0:steps=3").bind(small)
-    edits = method.edits(small, [request], seed=5)
+    edits = method.edits([request], Supplies(small, 5))
     assert edits is not None
     direct = ad.rome(
         small,
@@ -69,6 +73,7 @@ def test_edits_are_those_of_the_function(small: TransformerBridge) -> None:
         ("rome:steps=1.5", "'steps=1.5' of .* valid integer"),
         ("rome+sadr:divergence=cosine", "'divergence=cosine' of .* 'kl'"),
         ("rome:context_lengths=5", "expected setting=value"),
+        ("rome:steps=2:steps=3", "sets steps twice"),
     ],
 )
 def test_a_bad_name_is_refused(name: str, message: str) -> None:
@@ -80,6 +85,9 @@ def test_a_bad_name_is_refused(name: str, message: str) -> None:
     ("name", "message"),
     [
         ("rome:steps=0", "steps is 0"),
+        ("rome:stop_loss=nan", "stop_loss is nan"),
+        ("rome:learning_rate=inf", "learning_rate is inf"),
+        ("rome:ridge=nan", "ridge is nan"),
         ("rome:layer=99", "layer 99 is out of range"),
         ("rome+sadr:gamma=-1", "gamma is -1"),
         ("rome+sadr:layer=2", "no layer is left to restrict"),
@@ -95,6 +103,8 @@ def test_a_setting_out_of_range_is_refused_before_the_model_runs(
 def test_the_unedited_model_comes_first_and_once() -> None:
     assert [m.name for m in parse_methods(["rome", "none", " rome+sadr "])] == ["none", "rome", "rome+sadr"]
     assert [m.name for m in parse_methods([])] == ["none"]
+    with pytest.raises(ValueError, match="the methods are the text 'rome'"):
+        parse_methods("rome")
     with pytest.raises(ValueError, match="'rome'\\] are given twice"):
         parse_methods(["rome", "rome"])
 
@@ -103,6 +113,9 @@ def test_sweep_turns_one_knob_at_a_time() -> None:
     swept = Sweep.parse("rome", {"gamma": ["0.1", "0.01"], "steps": ["5"]})
     assert swept.methods == ["rome", "rome+sadr:gamma=0.01", "rome+sadr:gamma=0.1", "rome:steps=5"]
     assert swept.knobs["steps"] == {5: "rome:steps=5"}
+    both = Sweep.parse("rome:steps=2", {"gamma": ["0.1"], "learning_rate": ["0.5"]})
+    assert both.methods == ["rome:steps=2", "rome+sadr:steps=2:gamma=0.1", "rome:steps=2:learning_rate=0.5"]
+    assert Sweep.parse("rome+sadr", {"gamma": ["0.1"]}).methods == ["rome+sadr", "rome+sadr:gamma=0.1"]
     with pytest.raises(ValueError, match="nothing to sweep"):
         Sweep.parse("rome", {})
     with pytest.raises(ValueError, match="'steps=few'"):

@@ -44,9 +44,9 @@ CASES = [
         "second",
         ad.EditRequest("The man met {} in", "Carla", "a town", "Lima"),
         {
-            "ES": (Probe("The man met Carla in", "a town", "Lima"), Probe("I saw Carla in", "a town", "Lima")),
+            "ES": (Probe("The man met Carla in", "a town", "Lima"),),
             "NS": (Probe("The man met Ada in", "São Tomé", "a"), Probe("The man met Ada in", "a", "a town")),
-            "alias": (Probe("Carla was seen in", "D.C. (U.S.)", None, ("D.C.", "the Ünal")),),
+            "alias": (Probe("Carla was seen in", "(U.S.)", None, ("D.C.", "Ünal")),),
             "reasoning": (Probe("The man is", "in", None), Probe("The man is", "in", "東京")),
             "commonsense": (Probe("The man is in town", "and was seen.", "and plays a friend."),),
         },
@@ -99,7 +99,8 @@ def assert_rows(frame: pd.DataFrame, rows: list[dict[str, Any]], tolerance: floa
         assert {name for name, value in found.items() if not pd.isna(value)} == set(row)
         for name, value in row.items():
             if name in NUMBERS:
-                assert abs(found[name] - value) <= tolerance * (min(1, 20 * value) if "logp" not in name else 1), name
+                scale = max(1, -value) if "logp" in name else min(1, 20 * value)
+                assert abs(found[name] - value) <= tolerance * scale, name
             else:
                 assert found[name] == value, name
 
@@ -174,7 +175,7 @@ def test_demo_scores_equal_one_text_at_a_time(demo: TransformerBridge) -> None:
     logits=st.sampled_from([1, 2**13, 2**26]),
     side=st.sampled_from(["left", "right"]),
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_batches_padding_and_order_change_nothing(
     architecture: str, order: list[int], rows: int, logits: int, side: str
 ) -> None:

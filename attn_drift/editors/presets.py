@@ -33,17 +33,26 @@ def preset_gamma(editor: str, model: TransformerBridge, layer: int) -> float:
     L_SADR sums over restricted layers and heads, so that a weight transfers to another model as its product with them.
     """
     settings = preset(editor, model)
+    heads = _heads_above(model, layer)
     if settings is not None and "gamma" in settings:
-        return float(settings["gamma"])
-    heads = max(1, model.cfg.n_layers - 1 - layer) * model.cfg.n_heads
-    gamma = float(f"{GAMMA_TIMES_HEADS / heads:.2g}")
+        if settings["layer"] == layer:
+            return float(settings["gamma"])
+        product, why = settings["gamma"] * _heads_above(model, settings["layer"]), f"that of layer {settings['layer']}"
+    else:
+        product, why = GAMMA_TIMES_HEADS, "that of the published setting"
+    gamma = float(f"{product / heads:.2g}")
     log.warning(
-        "%s has no preset weight of SADR for %s: gamma %g was chosen so that its product with the %d heads above layer "
-        "%d is that of the published setting; give gamma= to choose another",
+        "%s has no preset weight of SADR for %s at layer %d: gamma %g was chosen so that its product with the %d heads "
+        "above is %s; give gamma= to choose another",
         model.cfg.model_name,
         editor,
+        layer,
         gamma,
         heads,
-        layer,
+        why,
     )
     return gamma
+
+
+def _heads_above(model: TransformerBridge, layer: int) -> int:
+    return int(max(1, model.cfg.n_layers - 1 - layer) * model.cfg.n_heads)

@@ -10,6 +10,7 @@ and with several wordings of the question, keys K = [k_1 .. k_m] (of each wordin
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import overload
 
 import torch
@@ -58,7 +59,7 @@ class ROMEConfig(ValueConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.ridge >= 0:
+        if not 0 <= self.ridge < inf:
             raise ValueError(f"ridge is {self.ridge}; expected a number of at least 0")
 
     @classmethod
