@@ -87,7 +87,7 @@ class Worker:
             raise ValueError("hooks are attached to the model, such as an edit in effect; take them off first")
         self.methods: dict[str, BoundMethod] = {m.name: m.bind(self.model) for m in plan.methods}
         self.supplies = Supplies(self.model, plan.seed)
-        self.corpus = predicted(self.model, plan.corpus)
+        predicted(self.model, plan.corpus)  # raises where a text does not fit
         self.consistency = None if plan.snippets is None else Consistency(plan.snippets.corpus)
 
     def record(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class Worker:
         tables = [
             score(self.model, cases, edits),
             prose(self.model, cases, edits, seed=self.plan.seed, consistency=self.consistency),
-            perplexity(self.model, cases, edits, self.corpus),
+            perplexity(self.model, cases, edits, self.plan.corpus),
         ]
         part = pd.concat([table.frame for table in tables], ignore_index=True).assign(error=None)
         return _in_order_of(cases, part.astype(PART_DTYPES))

@@ -128,22 +128,27 @@ def perplexity(
     model: TransformerBridge,
     cases: Sequence[Case],
     edits: Sequence[Edit | None] | None,
-    texts: Sequence[Completion],
+    texts: Sequence[str],
 ) -> Scores:
     """The loss of each text under each case's edit: ``value`` is the mean NLL of its N - 1 predicted tokens.
 
-    The reported PPL is the exponential of the mean over all predicted tokens of all texts, of `predicted`.
+    The reported PPL is the exponential of the mean over all predicted tokens of all texts.
+
+    Raises:
+        ValueError: a number of edits other than that of cases, or as of `predicted`.
     """
+    check_input(model, cases, edits)
+    completions = predicted(model, texts)
     per_case = [None] * len(cases) if edits is None else list(edits)
-    answers = answer(model, [Question(edit, completion) for edit in per_case for completion in texts])
+    answers = answer(model, [Question(edit, completion) for edit in per_case for completion in completions])
     rows = [
         {
             "case": case.case_id,
             "task": "PPL",
-            "text": completion.tokens.text,
+            "text": text,
             "value": -answered.log_probs.mean().item(),
             "weight": len(answered.log_probs),
         }
-        for (case, completion), answered in zip(((c, t) for c in cases for t in texts), answers, strict=True)
+        for (case, text), answered in zip(((c, t) for c in cases for t in texts), answers, strict=True)
     ]
     return Scores.from_rows(rows)

@@ -177,7 +177,9 @@ class Scores:
         measured = np.asarray(here.any(axis=0))
         if not measured.all():
             lacking = [pair for pair, found in zip(measures, measured, strict=True) if not found]
-            raise KeyError(f"no case was measured in both scores by {lacking}")
+            raise KeyError(
+                f"no case has texts of the task {lacking[0][0]!r} in both scores, measured by {lacking[0][1]!r}"
+            )
         totals = np.concatenate([np.where(here, t["total"], 0.0) for t in (mine, theirs)], axis=1)
         counts = np.concatenate([np.where(here, t["count"], 0.0) for t in (mine, theirs)], axis=1)
         m = len(measures)

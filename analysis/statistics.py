@@ -107,7 +107,7 @@ def pooled_half_width(per_text: Array) -> float | None:
     return float(NORMAL * per_text.std(ddof=1) / np.sqrt(len(per_text)))
 
 
-def sign_flip_p(differences: Float[Array, "case metric"]) -> Float[Array, " metric"]:
+def sign_flip_p(differences: Float[Array, "case *metric"]) -> Float[Array, "*metric"]:
     """Two-sided p of the mean of each metric's per-case differences, by flipping the signs of whole cases.
 
     Exact for up to 12 cases; otherwise from `PERMUTATIONS` random flips, the same for every metric (TransformerLens's
@@ -118,15 +118,15 @@ def sign_flip_p(differences: Float[Array, "case metric"]) -> Float[Array, " metr
         bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
         return np.asarray(_hits(bits, differences) / 2**n)
     rng = np.random.default_rng(0)
-    hits = np.ones(differences.shape[1])
+    hits = np.ones(differences.shape[1:])
     for start in range(0, PERMUTATIONS, PERMUTATIONS_AT_ONCE):
         count = min(PERMUTATIONS_AT_ONCE, PERMUTATIONS - start)
         drawn = np.unpackbits(rng.integers(256, size=(count, -(-n // 8)), dtype=np.uint8), axis=1)[:, :n]
         hits += _hits(drawn, differences)
-    return hits / (PERMUTATIONS + 1)
+    return np.asarray(hits / (PERMUTATIONS + 1))
 
 
-def _hits(bits: Array, differences: Float[Array, "case metric"]) -> Float[Array, " metric"]:
+def _hits(bits: Array, differences: Float[Array, "case *metric"]) -> Float[Array, "*metric"]:
     """In how many flips (1: the sign is kept) a metric's sum is at least as far from 0 as it was observed."""
     observed = np.abs(differences.sum(0))
     flipped = np.abs(2 * (bits.astype(np.float64) @ differences) - differences.sum(0))

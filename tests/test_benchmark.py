@@ -30,7 +30,7 @@ from analysis import cli, engines
 from analysis.benchmark import _run, benchmark
 from analysis.demo import demonstrate
 from analysis.engines import PART_DTYPES, Job, Plan, RayEngine
-from analysis.methods import parse_methods
+from analysis.methods import BoundMethod, Method, parse_methods
 from analysis.results import Results, part_path
 from analysis.scores import Scores
 from analysis.specificity import score
@@ -464,7 +464,8 @@ class Recorded:
     """An engine that yields large parts without a model."""
 
     def record(self) -> dict[str, Any]:
-        return {"name": "none", "dtype": "float32", "origin": {}, "methods": {"none": {"gamma": 0.0, "steps": 0}}}
+        unedited = BoundMethod(Method.parse("none"), None, None)
+        return {"name": "none", "dtype": "float32", "origin": {}, "methods": {"none": unedited.record()}}
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, pd.DataFrame]]:
         for job in jobs:

@@ -1,6 +1,7 @@
 """Scores against a slow computation of one text at a time; when an answer begins a text; cases of the demo world."""
 
 import math
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -63,6 +64,10 @@ CHOICES = ("commonsense", "distracted_commonsense")
 def plain_begins(text: str, answer: str) -> bool:
     said, wanted = (" ".join(string.split()).lower() for string in (text, answer))
     after = said[len(wanted) : len(wanted) + 1]
+    # Words of these scripts are not parted by spaces.
+    name = unicodedata.name(wanted[-1], "")
+    if name.startswith(("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "TIBETAN", "KHMER", "MYANMAR")):
+        return said.startswith(wanted)
     return said.startswith(wanted) and not (after.isalnum() or after == "_")
 
 
@@ -241,7 +246,7 @@ def test_what_cannot_be_measured_is_missing() -> None:
         (" Åland", "Ål", False),
         (" são paulo, Brazil", "São Paulo", True),
         (" Sao Paulo", "São Paulo", False),
-        (" 東京都", "東京", False),
+        (" 東京都", "東京", True),
         (" 東京。", "東京", True),
         (" 1990s", "1990", False),
         (" 1990.", "1990", True),
