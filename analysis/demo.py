@@ -26,6 +26,9 @@ from attn_drift.restriction import SADR
 
 ROME, RESTRICTED, REPHRASED = "rome", "rome+sadr", "rome+sadr+rephrased"
 
+# Of all scores, those of its table.
+SHOWN = ("ES", "PS", "NS", "DNS", "RS", "RS_argmax", "DNS_argmax")
+
 
 @dataclass(frozen=True, eq=False)
 class Arm:
@@ -93,12 +96,11 @@ class Demonstration:
 
     def table(self) -> pd.DataFrame:
         """The scores in percent, and ``max head``, one row per editor."""
-        rows = [
-            {name: 100 * cell["mean"] if isinstance(cell, dict) else cell for name, cell in row.items()}
-            for row in self.to_json()["rows"]
-        ]
-        table = pd.DataFrame(rows).set_index("editor").drop(columns="steps")
-        table = table.rename(columns=lambda name: name.replace("_", " "))
+        rows = self.to_json()["rows"]
+        table = pd.DataFrame({"gamma": [row["gamma"] for row in rows]}, index=[row["editor"] for row in rows])
+        table.index.name = "editor"
+        for name in SHOWN:
+            table[name.replace("_", " ")] = [100 * row[name]["mean"] for row in rows]
         table["max head"] = [self.max_head(editor) for editor in table.index]
         return table
 

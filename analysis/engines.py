@@ -33,7 +33,7 @@ PART_DTYPES = {**DTYPES, "error": "str"}
 LONGEST_ERROR = 500
 
 # What unedited scores in the cache depend on beside content: libraries that compute them.
-LIBRARIES = ("attn-drift", "transformers", "tokenizers", "scikit-learn")
+LIBRARIES = ("attn-drift", "transformers", "tokenizers", "scikit-learn", "pandas")
 
 
 @dataclass(frozen=True)

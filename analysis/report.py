@@ -14,7 +14,7 @@ import plotly.io
 from markupsafe import Markup
 
 from analysis import plots
-from analysis.demo import RESTRICTED, ROME, Demonstration
+from analysis.demo import RESTRICTED, ROME, SHOWN, Demonstration
 from analysis.methods import NONE
 from attn_drift.files import replacing
 from attn_drift.history import EditHistory
@@ -157,12 +157,11 @@ def _with_intervals(shown: Demonstration) -> pd.DataFrame:
     """The table with an interval behind every mean, never broken across lines."""
     table = shown.table().reset_index()
     for row in shown.to_json()["rows"]:
-        for name, cell in row.items():
-            if isinstance(cell, dict):
-                text = f"{100 * cell['mean']:.1f} [{100 * cell['low']:.0f},\u00a0{100 * cell['high']:.0f}]"
-                column = name.replace("_", " ")
-                table[column] = table[column].astype(object)
-                table.loc[table["editor"] == row["editor"], column] = text
+        for name in SHOWN:
+            column, cell = name.replace("_", " "), row[name]
+            text = f"{100 * cell['mean']:.1f} [{100 * cell['low']:.0f},\u00a0{100 * cell['high']:.0f}]"
+            table[column] = table[column].astype(object)
+            table.loc[table["editor"] == row["editor"], column] = text
     return table
 
 

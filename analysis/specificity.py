@@ -73,8 +73,10 @@ def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit 
 
 
 def check_input(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit | None] | None) -> None:
-    """Raises a ValueError when the model cannot be scored, or the edits are not one for each case."""
+    """Raises a ValueError when the model, the number of edits, or the cases' ids (not unique) do not allow scoring."""
     check_model(model)
+    if len({case.case_id for case in cases}) < len(cases):
+        raise ValueError(f"{len(cases)} cases were given, not all with an id of their own; texts are grouped by it")
     if edits is not None and len(edits) != len(cases):
         raise ValueError(f"{len(edits)} edits were given for {len(cases)} cases; expected one for each")
 

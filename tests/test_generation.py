@@ -159,12 +159,14 @@ def alone(architecture: str, request: Request) -> str:
     architecture=st.sampled_from(ARCHITECTURES),
     requests=st.lists(st.sampled_from(POOL), max_size=10),
     rows=st.sampled_from([1, 2, 3, 256]),
+    cached=st.sampled_from([1, 2**13, 2**30]),
 )
 @settings(max_examples=10, deadline=None)
-def test_company_changes_nothing(architecture: str, requests: list[Request], rows: int) -> None:
+def test_company_changes_nothing(architecture: str, requests: list[Request], rows: int, cached: int) -> None:
     model = bridge(architecture)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "ROWS_AT_ONCE", rows)
+        patch.setattr(generation, "CACHED_AT_ONCE", cached)
         together = continuations(model, [opening(model, architecture, request) for request in requests])
     assert together == [alone(architecture, request) for request in requests]
 

@@ -129,6 +129,17 @@ def test_p_is_uniform_when_signs_are_random(n: int) -> None:
     assert sign_flip_p(patterns[0]) == sign_flip_p(-patterns[0]) == sign_flip_p(patterns[0])
 
 
+def test_sampled_p_is_near_the_enumerated_one_and_knows_one_metric_at_a_time() -> None:
+    rng = np.random.default_rng(2)
+    differences = rng.normal(0.25, 1, size=(14, 3))
+    together = sign_flip_p(differences)
+    flips = np.array(list(itertools.product((1, -1), repeat=14)))
+    exact = (np.abs(flips @ differences) >= np.abs(differences.sum(0)) - 1e-12).mean(0)
+    assert np.abs(together - exact).max() < 4 * 0.5 / 100 and exact.min() < 0.2
+    assert together.tolist() == [float(sign_flip_p(differences[:, i])) for i in range(3)]
+    assert together.tolist() == sign_flip_p(np.concatenate([differences, differences[:, ::-1]], axis=1))[:3].tolist()
+
+
 @given(st.lists(st.lists(st.floats(0.01, 1), min_size=1, max_size=5), min_size=1, max_size=4))
 def test_harmonic_mean_is_its_definition(rows: list[list[float]]) -> None:
     width = min(len(row) for row in rows)
@@ -298,6 +309,23 @@ def test_no_difference_is_none_whatever_the_numbers_of_texts() -> None:
     second = {case: [i < two[case] for i in range(n)] for case, (_, n) in one.items()}
     difference = table({"RS": first}).difference(table({"RS": second}), "RS")
     assert difference.p == 1 and difference.mean == pytest.approx(0, abs=1e-15)
+
+
+def test_differences_of_several_measures_are_those_of_each() -> None:
+    """On the cases of each: of those without a measure its numbers of cases and means know nothing."""
+    one = Scores.from_rows([*table(RATES).frame.to_dict("records"), {"case": "d", "task": "FL", "value": 310.0}])
+    rows = table({task: {c: [not x for x in texts] for c, texts in cases.items()} for task, cases in RATES.items()})
+    two = Scores.from_rows([*rows.frame.to_dict("records"), {"case": "d", "task": "FL", "value": 300.0}])
+    measures = [("ES", "success"), ("PS", "success"), ("FL", "value")]
+    found = one.differences(two, measures)
+    for task, column in measures:
+        single = one.difference(two, task, column)
+        assert (found[task, column].mean, found[task, column].n) == (pytest.approx(single.mean), single.n)
+        assert found[task, column].p == pytest.approx(single.p)
+        assert found[task, column].low <= single.mean <= found[task, column].high
+    assert one.differences(two, measures[:1])["ES", "success"] == one.difference(two, "ES")
+    with pytest.raises(KeyError, match="'argmax'"):
+        one.differences(two, [*measures, ("ES", "argmax")])
 
 
 def test_differences_need_common_cases() -> None:
