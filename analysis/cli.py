@@ -199,27 +199,25 @@ def _benchmark(
     device: str | None,
     **options: Any,
 ) -> "Results":
-    """Reads the files, all of them before a model is loaded, and runs the benchmark."""
-    _quiet()
-    import torch
-
-    from analysis.benchmark import benchmark
-    from analysis.methods import parse_methods
+    """Reads the files, all of them before anything slow is even imported, and runs the benchmark."""
     from attn_drift.datasets import read_cases, read_snippets
 
-    precision = getattr(torch, dtype, None)
-    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
-        raise ValueError(f"the dtype is {dtype!r}; expected float32, bfloat16, float16 or float64")
     if not "".join(methods).strip():
         raise ValueError("no editor was given; expected names such as rome,rome+sadr, or none")
-    parse_methods(methods)
     told = None if snippets is None else read_snippets(snippets)
     cases = read_cases(path, snippets=told, skip_invalid=skip_invalid, limit=limit)
     if cases.n_skipped:
-        console.print(
-            f"{cases.n_skipped} records are skipped, such as {cases.skipped[0]}", markup=False, soft_wrap=True
-        )
+        said = f"{cases.n_skipped} records are skipped, such as {cases.skipped[0]}"
+        console.print(said, markup=False, soft_wrap=True)
     texts = [] if corpus is None else _lines(corpus)
+    import torch
+
+    from analysis.benchmark import benchmark
+
+    _quiet()
+    precision = getattr(torch, dtype, None)
+    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
+        raise ValueError(f"the dtype is {dtype!r}; expected float32, bfloat16, float16 or float64")
     return benchmark(
         model,
         cases,

@@ -1,17 +1,21 @@
 """attn_drift: capture attention before and after a knowledge edit, and restrict the drifting heads (SADR)."""
 
-from attn_drift.attention import AttentionCapture, capture_attention
-from attn_drift.cases import Case, Probe
-from attn_drift.datasets import CaseFile, Snippets, read_cases, read_snippets
-from attn_drift.editors.rome import ROMEConfig, rome
-from attn_drift.edits import Edit, applied_to_rows
-from attn_drift.history import EditHistory
-from attn_drift.models import load_model
-from attn_drift.moments import SecondMoment, sampled_moment, second_moment
-from attn_drift.requests import EditRequest
-from attn_drift.restriction import SADR, AllHeads, FixedHeads, LayerMax, Margin, TopK
-from attn_drift.sampling import sample_contexts
-from attn_drift.weights import LowRankUpdate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attn_drift.attention import AttentionCapture, capture_attention
+    from attn_drift.cases import Case, Probe
+    from attn_drift.datasets import CaseFile, Snippets, read_cases, read_snippets
+    from attn_drift.editors.rome import ROMEConfig, rome
+    from attn_drift.edits import Edit, applied_to_rows
+    from attn_drift.history import EditHistory
+    from attn_drift.models import load_model
+    from attn_drift.moments import SecondMoment, sampled_moment, second_moment
+    from attn_drift.requests import EditRequest
+    from attn_drift.restriction import SADR, AllHeads, FixedHeads, LayerMax, Margin, TopK
+    from attn_drift.sampling import sample_contexts
+    from attn_drift.weights import LowRankUpdate
 
 __all__ = [
     "SADR",
@@ -41,3 +45,44 @@ __all__ = [
     "sampled_moment",
     "second_moment",
 ]
+
+# Where each name lives. It is imported when first used: TransformerLens takes seconds, and reading a file of cases
+# does not need it.
+_HOMES = {
+    "SADR": "restriction",
+    "AllHeads": "restriction",
+    "AttentionCapture": "attention",
+    "Case": "cases",
+    "CaseFile": "datasets",
+    "Edit": "edits",
+    "EditHistory": "history",
+    "EditRequest": "requests",
+    "FixedHeads": "restriction",
+    "LayerMax": "restriction",
+    "LowRankUpdate": "weights",
+    "Margin": "restriction",
+    "Probe": "cases",
+    "ROMEConfig": "editors.rome",
+    "SecondMoment": "moments",
+    "Snippets": "datasets",
+    "TopK": "restriction",
+    "applied_to_rows": "edits",
+    "capture_attention": "attention",
+    "load_model": "models",
+    "read_cases": "datasets",
+    "read_snippets": "datasets",
+    "rome": "editors.rome",
+    "sample_contexts": "sampling",
+    "sampled_moment": "moments",
+    "second_moment": "moments",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,8 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from attn_drift.cases import TASKS, Case, Probe, Task, distracting
-from attn_drift.requests import SLOT, EditRequest
-from attn_drift.tokens import find_subject
+from attn_drift.requests import SLOT, EditRequest, find_subject
 
 SHOWN = 400
 LONGEST_ID = 200

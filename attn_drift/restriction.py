@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.hooks import pattern_point
 from attn_drift.models import check_layer
-from attn_drift.requests import RewritingBatch
+from attn_drift.rewriting import RewritingBatch
 
 FLOOR = 1e-8
 

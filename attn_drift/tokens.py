@@ -4,7 +4,6 @@ Positions of subjects and targets come from offsets, never from tokenizing piece
 BOS tokens cannot shift them.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet
@@ -14,6 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from attn_drift.requests import find_subject
 
 
 @dataclass(frozen=True)
@@ -168,27 +169,6 @@ def pad(model: TransformerBridge, rows: Sequence[Tokens], side: str | None = Non
         mask[i, columns] = True
     device = next(model.parameters()).device
     return TokenBatch(tuple(rows), ids.to(device), mask.to(device), starts.to(device))
-
-
-def find_subject(text: str, subject: str, start: int = 0) -> tuple[int, int]:
-    """Characters of the last occurrence of ``subject`` in ``text``: as whole words where there is such a one.
-
-    Args:
-        text: where to look.
-        subject: what to look for.
-        start: the first character at which an occurrence counts.
-
-    Raises:
-        ValueError: the subject is empty or does not occur.
-    """
-    if not subject.strip():
-        raise ValueError(f"the subject is empty ({subject!r}); expected the words that name the edited entity")
-    subject = subject.strip()
-    whole_words = list(re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)").finditer(text, start))
-    found = whole_words[-1].start() if whole_words else text.rfind(subject, start)
-    if found < 0:
-        raise ValueError(f"the subject {subject!r} does not occur in {text!r}")
-    return found, found + len(subject)
 
 
 def subject_span(tokens: Tokens, subject: str) -> range:

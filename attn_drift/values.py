@@ -18,8 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.history import EditHistory
 from attn_drift.hooks import adding, attached, reading, run, value_point
-from attn_drift.requests import IGNORED, RequestTexts, RewritingBatch, rewriting_batch
 from attn_drift.restriction import LossTerm, Penalty
+from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch
 
 # Logits of one step, in numbers: requests are optimised in groups that stay below it (one at least).
 LOGITS_AT_ONCE = 2**27

@@ -597,10 +597,10 @@ def test_sweep(model: TransformerBridge, cases: CaseFile, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_the_demos_table_and_the_benchmarks_agree(demo: TransformerBridge, tmp_path: Path) -> None:
-    made = CliRunner().invoke(cli.app, ["demo-cases", "--n", "6", "--seed", "4", "--out", str(tmp_path / "c.json")])
+    made = CliRunner().invoke(cli.app, ["demo-cases", "--n", "3", "--seed", "4", "--out", str(tmp_path / "c.json")])
     assert made.exit_code == 0, made.output
     results = benchmark(demo, read_cases(tmp_path / "c.json"), ["rome", "rome+sadr"], tmp_path / "out", seed=4)
-    shown = demonstrate(demo, 6, seed=4).to_json()["rows"]
+    shown = demonstrate(demo, 3, seed=4).to_json()["rows"]
     for mine, theirs in zip(results.rows, shown, strict=False):
         assert mine["editor"] == theirs["editor"] and mine["gamma"] == theirs["gamma"]
         shared = [name for name in theirs if isinstance(theirs[name], dict)]

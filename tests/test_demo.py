@@ -19,11 +19,11 @@ from attn_drift.demo.train import TrainConfig, fact_accuracy, train
 from attn_drift.demo.world import World
 from attn_drift.editors.rome import ROMEConfig
 from attn_drift.models import demo_folder
-from attn_drift.requests import request_texts
+from attn_drift.rewriting import request_texts
 from attn_drift.sampling import sample_contexts
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demonstrations() -> dict[int, Demonstration]:
     return {}
 

@@ -13,8 +13,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from attn_drift.hooks import pattern_point, read
-from attn_drift.requests import RewritingBatch, request_texts, rewriting_batch
 from attn_drift.restriction import DIVERGENCES
+from attn_drift.rewriting import RewritingBatch, request_texts, rewriting_batch
 
 Make = Callable[..., TransformerBridge]
 LAYERS = (1, 2)

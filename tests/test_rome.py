@@ -12,7 +12,7 @@ import attn_drift as ad
 from attn_drift.editors.rome import key_direction, subject_keys
 from attn_drift.hooks import key_point, read
 from attn_drift.models import fingerprint, mlp_width
-from attn_drift.requests import request_texts
+from attn_drift.rewriting import request_texts
 from attn_drift.tokens import encode, pad
 from attn_drift.values import optimise_values
 

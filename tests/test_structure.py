@@ -1,23 +1,28 @@
 """Imports run in the allowed direction only."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import attn_drift
 
 ROOT = Path(__file__).parents[1]
 
 # Each module of attn_drift may import those of its own level (if listed before it) and of the levels above it here.
 ORDER = [
-    "tokens",
     "files",
-    "history",
-    "hooks",
-    "models",
     "requests",
     "cases",
     "records",
     "datasets",
+    "history",
+    "tokens",
+    "hooks",
+    "models",
+    "rewriting",
     "weights",
     "edits",
     "attention",
@@ -81,3 +86,16 @@ def test_hook_points_are_named_in_one_place() -> None:
     for path in [*FILES, *(ROOT / "analysis").rglob("*.py")]:
         if path.name != "hooks.py":
             assert "hook_" not in path.read_text().replace("hook_dict", ""), path
+
+
+def test_reading_cases_loads_no_model_library() -> None:
+    """What is wrong with a file is said at once: TransformerLens alone takes seconds to import."""
+    code = "import sys, attn_drift.datasets; print({'torch', 'transformers', 'transformer_lens'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "set()\n"
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(attn_drift, name) is not None for name in attn_drift.__all__)
+    assert set(attn_drift.__all__) <= set(dir(attn_drift))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = attn_drift.nothing

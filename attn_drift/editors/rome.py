@@ -23,8 +23,9 @@ from attn_drift.edits import Edit
 from attn_drift.hooks import key_point, read
 from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
-from attn_drift.requests import SLOT, EditRequest, RequestTexts, request_texts
+from attn_drift.requests import SLOT, EditRequest
 from attn_drift.restriction import Restriction
+from attn_drift.rewriting import RequestTexts, request_texts
 from attn_drift.sampling import ROME_LENGTHS, sample_contexts
 from attn_drift.tokens import pad
 from attn_drift.values import OptimisedValue, ValueConfig, optimise_values
