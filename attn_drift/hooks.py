@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from einops import einsum
-from jaxtyping import Float, Int
+from einops import einsum, rearrange, repeat
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -31,6 +31,37 @@ def value_point(layer: int) -> str:
 def pattern_point(layer: int) -> str:
     """Hook point of the attention pattern ``A``: ``[text head query key]``. To be read, not written."""
     return f"blocks.{layer}.attn.hook_pattern"
+
+
+def head_value_point(layer: int) -> str:
+    """Hook point of the heads' value vectors: ``[text pos kv_head d_head]``."""
+    return f"blocks.{layer}.attn.hook_v"
+
+
+def head_output_point(layer: int) -> str:
+    """Hook point of ``z``, pattern @ values: ``[text pos head d_head]``. Where patterns are written."""
+    return f"blocks.{layer}.attn.hook_z"
+
+
+def stream_point(layer: int, kind: str) -> str:
+    """Hook point of what a layer leaves in or adds to the residual stream: ``[text pos d_model]``.
+
+    Args:
+        layer: the layer.
+        kind: ``"resid"`` (the stream after the layer), ``"attn_out"`` or ``"mlp_out"`` (what is added to it).
+
+    Raises:
+        ValueError: another kind.
+    """
+    names = {"resid": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
+    if kind not in names:
+        raise ValueError(f"the activation is {kind!r}; expected one of {list(names)}")
+    return f"blocks.{layer}.{names[kind]}"
+
+
+def embedding_point() -> str:
+    """Hook point of the token embeddings: ``[text pos d_model]``."""
+    return "embed.hook_out"
 
 
 @contextmanager
@@ -90,6 +121,52 @@ def updating(
         return (value + change).to(value.dtype)
 
     return [(key_point(layer), read), (value_point(layer), write)]
+
+
+def substituting(point: str, where: Bool[Tensor, "text pos"], source: Float[Tensor, "text pos d_model"]) -> Hook:
+    """A hook that puts the activations of ``source`` in place of those at ``point``, at the marked positions."""
+
+    def write(activation: Tensor, hook: Any) -> Tensor:
+        mask, new = where.to(activation.device)[..., None], source.to(activation)
+        return torch.where(mask, new, activation)
+
+    return point, write
+
+
+def shifting(point: str, offsets: Float[Tensor, "text pos d_model"]) -> Hook:
+    """A hook that adds ``offsets`` to the activations at ``point``."""
+
+    def shift(activation: Tensor, hook: Any) -> Tensor:
+        return activation + offsets.to(activation)
+
+    return point, shift
+
+
+def attending(
+    layer: int, rows: Bool[Tensor, "text head query"], patterns: Float[Tensor, "text head query key"]
+) -> list[Hook]:
+    """Hooks that make heads of ``layer`` attend by given patterns, on the marked rows.
+
+    Written as ``z = pattern @ values``: a pattern written at its own hook point is ignored by GPT-J, GPT-Neo and OPT.
+    """
+    values: list[Tensor] = []
+
+    def read(value: Tensor, hook: Any) -> None:
+        values[:] = [value]
+
+    def write(z: Tensor, hook: Any) -> Tensor:
+        new = attended(patterns.to(z), values.pop())
+        return torch.where(rearrange(rows, "text head query -> text query head 1").to(z.device), new, z)
+
+    return [(head_value_point(layer), read), (head_output_point(layer), write)]
+
+
+def attended(
+    patterns: Float[Tensor, "text head query key"], values: Float[Tensor, "text key kv_head d_head"]
+) -> Float[Tensor, "text query head d_head"]:
+    """``pattern @ values``, the values shared by groups of heads where there are fewer of them."""
+    shared = repeat(values, "b k h d -> b k (h g) d", g=patterns.shape[1] // values.shape[2])
+    return einsum(patterns, shared, "b h q k, b k h d -> b q h d")
 
 
 def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Tensor, "text pos vocab"]:
