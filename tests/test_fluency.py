@@ -203,11 +203,12 @@ def test_prose_equals_one_text_at_a_time(architecture: str, bos: bool, monkeypat
 
 @pytest.mark.parametrize(("architecture", "bos"), [("gpt2", False), ("llama", True)])
 def test_continuations_have_a_hundred_tokens(architecture: str, bos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Made before the configuration changes, since models are cached for other tests.
+    edits = [edit_of(architecture, 0), None, None]
     config = copy.deepcopy(CONFIGS[architecture])
     setattr(config, "n_positions" if architecture == "gpt2" else "max_position_embeddings", 110)
     monkeypatch.setitem(CONFIGS, architecture, config)
     model = ad.load_model(make_hf_model(architecture), make_tokenizer(bos), device="cpu")
-    edits = [edit_of(architecture, 0), None, None]
     models = [Plain(make_hf_model(architecture), make_tokenizer(bos), architecture, edit) for edit in edits]
     scores = prose(model, CASES[:3], edits, consistency=Consistency(CORPUS))
     rows = plain_prose(models, CASES[:3], 100)

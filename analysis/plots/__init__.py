@@ -1,12 +1,14 @@
 """Figures from the results of this package; every function returns a plotly Figure and shows nothing."""
 
 from analysis.plots.attention import attention_rows, drift_heatmap, layer_maximum
+from analysis.plots.correlation import correlation
 from analysis.plots.optimisation import loss_history
 from analysis.plots.scores import case_scatter, metric_bars, tradeoff
 
 __all__ = [
     "attention_rows",
     "case_scatter",
+    "correlation",
     "drift_heatmap",
     "layer_maximum",
     "loss_history",
