@@ -20,10 +20,11 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.engines import Engine, Job, LocalEngine, Plan, RayEngine, Worker
+from analysis.engines import Engine, LocalEngine, RayEngine
 from analysis.methods import parse_methods
 from analysis.results import CONFIG, Results, part_path, read_part
 from analysis.summary import write_summaries
+from analysis.worker import Job, Plan, Worker
 from attn_drift.cases import Case
 from attn_drift.datasets import CaseFile, read_cases
 from attn_drift.files import replacing

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from attn_drift.requests import EditRequest
 
@@ -21,7 +21,7 @@ Task = Literal[
     "commonsense",
     "distracted_commonsense",
 ]
-TASKS: tuple[Task, ...] = Task.__args__  # type: ignore[attr-defined]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 
 @dataclass(frozen=True)

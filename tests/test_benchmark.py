@@ -26,15 +26,16 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from typer.testing import CliRunner
 
 import attn_drift as ad
-from analysis import cli, engines
+from analysis import cli, engines, worker
 from analysis.benchmark import _run, benchmark
 from analysis.demo import demonstrate
-from analysis.engines import PART_DTYPES, Job, Plan, RayEngine
+from analysis.engines import RayEngine
 from analysis.methods import BoundMethod, Method, parse_methods
 from analysis.results import Results, part_path
 from analysis.scores import Scores
 from analysis.specificity import score
 from analysis.sweep import Sweep, write_tradeoff
+from analysis.worker import PART_DTYPES, Job, Plan
 from attn_drift.datasets import CaseFile, read_cases, read_snippets
 
 METHODS = ["rome:layer=0:steps=2", "rome+sadr:layer=0:steps=2:gamma=0.5"]
@@ -260,7 +261,7 @@ def test_a_run_in_which_every_case_fails_has_its_summaries(
     def broken(*args: object) -> None:
         raise RuntimeError("no luck | at all")
 
-    monkeypatch.setattr(engines, "score", broken)
+    monkeypatch.setattr(worker, "score", broken)
     results = benchmark(model, cases, METHODS, tmp_path, batch_cases=4)
     assert len(results.failures) == 21 and results.rows[0] == {"editor": "none", "gamma": 0.0, "steps": 0}
     assert "RuntimeError: no luck \\| at all" in (tmp_path / "summary.md").read_text()
@@ -282,7 +283,7 @@ def test_the_unedited_model_is_scored_once_per_model_and_file(
     model: TransformerBridge, cases: CaseFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark(model, cases, [], tmp_path / "first")
-    monkeypatch.setattr(engines, "score", None)
+    monkeypatch.setattr(worker, "score", None)
     benchmark(model, cases, [], tmp_path / "second")
     assert_same(tmp_path / "first", tmp_path / "second", ["none"])
     assert not len(Results(tmp_path / "second").failures)
@@ -358,11 +359,11 @@ def test_a_passing_failure_is_retried_when_asked(
             raise torch.OutOfMemoryError("too much")
         return score(model, several, edits)
 
-    monkeypatch.setattr(engines, "score", broken)
+    monkeypatch.setattr(worker, "score", broken)
     first = benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
     assert len(first.failures) == 7 and first.rows[1] == {"editor": METHODS[0], "gamma": 0.0, "steps": 2}
     assert first.rows[2]["DNS"]["n"] == 7 and (tmp_path / "report.html").is_file()
-    monkeypatch.setattr(engines, "score", score)
+    monkeypatch.setattr(worker, "score", score)
     assert len(benchmark(model, cases, METHODS, tmp_path, batch_cases=2).failures) == 7
     assert not len(benchmark(model, cases, METHODS, tmp_path, batch_cases=2, retry_failed=True).failures)
     assert_same(whole, tmp_path)
@@ -378,7 +379,7 @@ def test_a_fault_that_is_no_cases_stops_the_run(
             raise OSError("no space left on the device")
         return score(*args)
 
-    monkeypatch.setattr(engines, "score", broken)
+    monkeypatch.setattr(worker, "score", broken)
     with pytest.raises(OSError, match="no space left"):
         benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
     assert len(list(tmp_path.rglob("*.parquet"))) == 4 and not (tmp_path / ".lock").exists()

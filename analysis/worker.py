@@ -1,0 +1,179 @@
+"""What computes a chunk of a benchmark: a model, the methods bound to it, and what their edits share."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from analysis.fluency import Consistency, check_prompts, perplexity, predicted, prose
+from analysis.methods import NONE, BoundMethod, Method, Supplies
+from analysis.scores import DTYPES, Scores
+from analysis.specificity import check_texts, score
+from attn_drift.cases import Case
+from attn_drift.datasets import Snippets
+from attn_drift.files import cache_path, keeping, replacing
+from attn_drift.hooks import is_hooked
+from attn_drift.models import load_model, origin
+
+log = logging.getLogger(__name__)
+
+# A part's columns: those of `Scores.frame`, and the error of a case that failed, which has a row of its own.
+PART_DTYPES = {**DTYPES, "error": "str"}
+
+LONGEST_ERROR = 500
+
+# What unedited scores in the cache depend on beside content: libraries that compute them.
+LIBRARIES = ("attn-drift", "transformers", "tokenizers", "scikit-learn", "pandas")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What workers need beside a model and cases.
+
+    Attributes:
+        methods: all that may be asked for.
+        seed: of the edits' contexts and of the sampled continuations.
+        corpus: texts for perplexity; without any there is no PPL.
+        snippets: whose texts give the document frequencies of consistency; without them there is no CS.
+    """
+
+    methods: tuple[Method, ...]
+    seed: int = 0
+    corpus: tuple[str, ...] = ()
+    snippets: Snippets | None = None
+
+    def texts(self) -> dict[str, object]:
+        """What the scores of given cases depend on beside model and edits."""
+        corpus = hashlib.sha256(json.dumps(self.corpus).encode()).hexdigest() if self.corpus else None
+        snippets = None if self.snippets is None else self.snippets.sha256
+        return {"seed": self.seed, "corpus": corpus, "snippets": snippets}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A chunk of cases for one method; ``chunk`` counts from 0 in the order of the file."""
+
+    method: str
+    chunk: int
+    cases: tuple[Case, ...]
+
+
+class Worker:
+    """A model and the methods that are bound to it.
+
+    Args:
+        model: a model, or what `load_model` takes.
+        plan: what to do with it.
+        options: of `load_model`.
+
+    Raises:
+        ValueError: an edit is in effect, a method's settings do not fit the model, or a text for perplexity does not;
+            before the model runs.
+    """
+
+    def __init__(self, model: TransformerBridge | str, plan: Plan, options: dict[str, Any] | None = None) -> None:
+        self.model, self.plan = load_model(model, **(options or {})), plan
+        if is_hooked(self.model):
+            raise ValueError("hooks are attached to the model, such as an edit in effect; take them off first")
+        self.methods: dict[str, BoundMethod] = {m.name: m.bind(self.model) for m in plan.methods}
+        self.supplies = Supplies(self.model, plan.seed)
+        predicted(self.model, plan.corpus)  # raises where a text does not fit
+        self.consistency = None if plan.snippets is None else Consistency(plan.snippets.corpus)
+
+    def record(self) -> dict[str, Any]:
+        """What decides the worker's results: the model, and every method's settings."""
+        return {
+            "name": str(self.model.cfg.model_name),
+            "dtype": str(next(self.model.parameters()).dtype),
+            "origin": origin(self.model),
+            "methods": {name: method.record() for name, method in self.methods.items()},
+        }
+
+    def run(self, job: Job) -> pd.DataFrame:
+        """The part of a job, its rows in the order of the cases, then of the tasks.
+
+        A case that fails gives a row with its ``error``. What is wrong with its texts is found before anything is
+        edited; where something else fails, the cases of the chunk are run one at a time.
+
+        Raises:
+            OSError, torch.AcceleratorError: the disk or the device is at fault, not a case.
+        """
+        failed = {case.case_id: error for case in job.cases if (error := self._unfit(case)) is not None}
+        fit = [case for case in job.cases if case.case_id not in failed]
+        parts = self._isolated(job.method, fit) if fit else []
+        parts += [_failure(job.method, case_id, error) for case_id, error in failed.items()]
+        return _in_order_of(job.cases, pd.concat(parts, ignore_index=True))
+
+    def _unfit(self, case: Case) -> str | None:
+        """What is wrong with the texts of a case."""
+        try:
+            check_texts(self.model, case)
+            check_prompts(self.model, case)
+        except ValueError as error:
+            return f"ValueError: {error}"
+        return None
+
+    def _isolated(self, method: str, cases: Sequence[Case]) -> list[pd.DataFrame]:
+        """One part of all cases, or, where that fails, a part or a failure of each."""
+        try:
+            return [self._part(method, cases)]
+        except (OSError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            log.debug("%d cases failed", len(cases), exc_info=True)
+        # Out of the block, so that the tensors of what failed are free.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(cases) == 1:
+            return [_failure(method, cases[0].case_id, said)]
+        return [part for case in cases for part in self._isolated(method, [case])]
+
+    def _part(self, method: str, cases: Sequence[Case]) -> pd.DataFrame:
+        if method != NONE:
+            return self._scored(method, cases)
+        content = json.dumps([asdict(case) for case in cases], sort_keys=True)
+        key = {
+            **origin(self.model),
+            **self.plan.texts(),
+            **{library: version(library) for library in LIBRARIES},
+            "cases": hashlib.sha256(content.encode()).hexdigest(),
+        }
+        path = cache_path("unedited", ".parquet", key)
+        if path.is_file():
+            try:
+                return pd.read_parquet(path)[list(PART_DTYPES)].astype(PART_DTYPES)
+            except (ValueError, KeyError, OSError) as error:
+                log.warning("the cached scores %s are damaged (%s); they are computed anew", path, error)
+        part = self._scored(method, cases)
+        with keeping(), replacing(path) as temporary:
+            part.to_parquet(temporary, index=False)
+        return part
+
+    def _scored(self, method: str, cases: Sequence[Case]) -> pd.DataFrame:
+        edits = self.methods[method].edits([case.request for case in cases], self.supplies)
+        tables = [
+            score(self.model, cases, edits),
+            prose(self.model, cases, edits, seed=self.plan.seed, consistency=self.consistency),
+            perplexity(self.model, cases, edits, self.plan.corpus),
+        ]
+        part = pd.concat([table.frame for table in tables], ignore_index=True).assign(error=None)
+        return _in_order_of(cases, part.astype(PART_DTYPES))
+
+
+def _in_order_of(cases: Sequence[Case], part: pd.DataFrame) -> pd.DataFrame:
+    order = {case.case_id: place for place, case in enumerate(cases)}
+    return part.sort_values("case", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
+
+
+def _failure(method: str, case_id: str, error: str) -> pd.DataFrame:
+    error = error if len(error) <= LONGEST_ERROR else f"{error[:LONGEST_ERROR]} ..."
+    log.warning("%s: the case %r failed: %s", method, case_id, error)
+    return Scores.from_rows([{"case": case_id}]).frame.assign(error=error).astype(PART_DTYPES)
