@@ -54,13 +54,13 @@ class Results:
     @cached_property
     def incomplete(self) -> list[str]:
         """Names of the methods that have not: what they have is in no summary."""
-        cases, batch = self.config["cases"]["n"], self.config["identity"]["batch_cases"]
-        expected = range(-(-cases // batch))
-        return [
-            name
-            for name in self.config["methods"]
-            if not all(part_path(self.folder, name, chunk).is_file() for chunk in expected)
-        ]
+        return [name for name in self.config["methods"] if self._n_cases(name) < self.config["cases"]["n"]]
+
+    def _n_cases(self, method: str) -> int:
+        return sum(read_part(path, ["case"])["case"].nunique() for path in self._paths(method))
+
+    def _paths(self, method: str) -> list[Path]:
+        return sorted(part_path(self.folder, method, 0).parent.glob("*.parquet"))
 
     def scores(self, method: str, texts: bool = True) -> Scores:
         """All scores of a method.
@@ -84,7 +84,7 @@ class Results:
     def _parts(self, method: str, columns: list[str] | None) -> pd.DataFrame:
         if method not in self.config["methods"]:
             raise KeyError(f"the benchmark has no method {method!r}; it has {list(self.config['methods'])}")
-        paths = sorted(part_path(self.folder, method, 0).parent.glob("*.parquet"))
+        paths = self._paths(method)
         if not paths:
             raise FileNotFoundError(f"no part of {method!r} has been written to {self.folder} yet")
         return pd.concat([read_part(path, columns) for path in paths], ignore_index=True)

@@ -329,6 +329,8 @@ def test_a_foreign_folder_is_left_alone(model: TransformerBridge, cases: CaseFil
 
 def test_more_cases_may_be_added(model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path) -> None:
     benchmark(model, read_cases(cases.path, limit=3), METHODS, tmp_path, batch_cases=2)
+    one_more = benchmark(model, read_cases(cases.path, limit=4), METHODS[:1], tmp_path, batch_cases=2)
+    assert one_more.incomplete == METHODS[1:] and [row["ES"]["n"] for row in one_more.rows] == [4, 4]
     results = benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
     assert results.config["cases"]["n"] == 7
     assert_same(whole, tmp_path)
