@@ -149,8 +149,8 @@ class Scores:
         totals = pd.concat([s["total"] for s in sums], axis=1).fillna(0.0).to_numpy()
         counts = pd.concat([s["count"] for s in sums], axis=1).fillna(0.0).to_numpy()
         mean = harmonic_mean((totals.sum(0) / counts.sum(0))[None])[0]
-        low, high = np.nanquantile(harmonic_mean(resampled_means(totals, counts, seed)), (0.025, 0.975))
-        return Interval(float(mean), float(low), float(high), None, len(totals), int(counts.sum()))
+        low, high = bootstrap(totals, counts, seed, harmonic_mean)
+        return Interval(float(mean), low, high, None, len(totals), int(counts.sum()))
 
     def difference(self, other: "Scores", task: str, column: str | None = None, seed: int = 0) -> Difference:
         """This minus another, paired by case, on the cases that both have; of PPL the difference of mean losses.

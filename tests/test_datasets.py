@@ -327,7 +327,7 @@ def test_sample(shared_data: Path) -> None:
         assert case.probes["ES"] == (Probe(rewrite["prompt"], rewrite["target_new"], rewrite["target_true"]),)
         for task, key in (keys | {"RS": "l-relation", "ES": "rewrite"}).items():
             given = record.get(key, {"prompts": [], "targets": []})
-            probes = case.probes.get(task, ())  # type: ignore[call-overload]
+            probes = case.probes.get(task, ())
             assert [p.text for p in probes] == given["prompts"] and [p.right for p in probes] == given["targets"]
         assert case.generation == tuple(record.get("generation", {"prompts": []})["prompts"])
 

@@ -31,8 +31,7 @@ ASKED = [
 def asked(model: TransformerBridge) -> list[Text]:
     edits = [random_edit(model, seed, (0,)) for seed in range(3)]
     return [
-        Text(f"case {i}", task, text, right, subject, edits[i])  # type: ignore[arg-type]
-        for i, (task, text, right, subject) in enumerate(ASKED)
+        Text(f"case {i}", task, text, right, subject, edits[i]) for i, (task, text, right, subject) in enumerate(ASKED)
     ]
 
 
@@ -55,9 +54,9 @@ def test_identities(model: TransformerBridge) -> None:
     edited, vanilla = outcomes(model, texts).log(), outcomes(model, unedited(texts)).log()
     assert (edited - vanilla).abs().max() > 0.05
     for keys in ("row", "subject"):
-        own = patch_attention(model, texts, texts, everything, keys=keys).log()  # type: ignore[arg-type]
+        own = patch_attention(model, texts, texts, everything, keys=keys).log()
         torch.testing.assert_close(own, edited, rtol=0, atol=1e-4)
-        same = patch_attention(model, unedited(texts), unedited(texts), everything, keys=keys)  # type: ignore[arg-type]
+        same = patch_attention(model, unedited(texts), unedited(texts), everything, keys=keys)
         torch.testing.assert_close(same.log(), vanilla, rtol=0, atol=1e-4)
     torch.testing.assert_close(patch_attention(model, texts, unedited(texts), set()).log(), edited, rtol=0, atol=0)
     # Up to the edited layer no pattern differs.
@@ -74,7 +73,7 @@ def test_patches_equal_a_plain_computation(make_model: Make, architecture: str, 
     model = make_model(architecture, bos=True)
     texts = asked(model)
     heads = {(2, 0), (2, 3)}
-    found = patch_attention(model, texts, unedited(texts), heads, keys=keys, queries=queries)  # type: ignore[arg-type]
+    found = patch_attention(model, texts, unedited(texts), heads, keys=keys, queries=queries)
     for text, p in zip(texts, found.tolist(), strict=True):
         completion = encode_completion(model, text.text, text.right)
         ids = torch.tensor([completion.tokens.ids])
@@ -150,7 +149,7 @@ def test_by_hand() -> None:
         mixed = sum(w * v for w, v in zip(weights, values, strict=True))
         stream = torch.tensor([-1.0 + 10 * mixed, 1.0 - 10 * mixed], dtype=torch.float64)
         normed = torch.nn.functional.layer_norm(stream, [2])
-        logits = model.embed.weight.double() @ normed
+        logits = model.embed.weight.detach().double() @ normed
         return float(logits.log_softmax(-1)[completion.target[0]].exp())
 
     subject = completion.tokens.last_covering(2) + 1
@@ -170,24 +169,34 @@ def test_batches_change_nothing(make_model: Make, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-9)
 
 
-def test_knocked_out_columns_are_zero_at_every_layer(model: TransformerBridge) -> None:
-    """Also where a layer's own pattern depends on what was knocked out below it."""
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+@pytest.mark.parametrize("queries", ["last", "all"])
+def test_knockout_of_several_layers_equals_writing_patterns(make_model: Make, architecture: str, queries: str) -> None:
+    """Where patterns can be written at their own hook point: one run, in which every layer's own pattern is cut."""
+    model = make_model(architecture, bos=True)
     texts = asked(model)
-    seen: list[torch.Tensor] = []
-    original = interventions.Batch.p_right
+    found = knock_out(model, texts, heads_of(model, [1, 2]), queries=queries).log()
+    for text, p in zip(texts, found.tolist(), strict=True):
+        completion = encode_completion(model, text.text, text.right)
+        start = text.text.rindex(text.subject)
+        covered = [a < start + len(text.subject) and b > start and b > a for a, b in completion.tokens.offsets]
+        columns = torch.tensor(covered)
+        after = int(columns.nonzero().max()) + 1
+        first = completion.prompt_last if queries == "last" else after
 
-    def spy(batch: interventions.Batch, hooks: object = ()) -> torch.Tensor:
-        points = [pattern_point(2), head_value_point(2), head_output_point(2)]
-        store = batch.read(points, hooks)  # type: ignore[arg-type]
-        values = store[points[1]].repeat_interleave(model.cfg.n_heads // store[points[1]].shape[2], dim=2)
-        # A row that attends nowhere but to the subject's values would be in their span; test it by changing them.
-        seen.append(store[points[2]] - torch.einsum("bhqk,bkhd->bqhd", store[points[0]], values))
-        return original(batch, hooks)  # type: ignore[arg-type]
+        def cut(
+            pattern: torch.Tensor, hook: object, columns: torch.Tensor = columns, first: int = first
+        ) -> torch.Tensor:
+            changed = pattern.clone()
+            changed[:, :, first:, columns] = 0
+            return changed / changed.sum(-1, keepdim=True)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interventions.Batch, "p_right", spy)
-        knock_out(model, texts, heads_of(model, [1, 2]))
-    assert seen[0].abs().max() > 1e-4, "z is no longer what the pattern alone would give"
+        hooks = [(pattern_point(layer), cut) for layer in (1, 2)]
+        with ad.applied_to_rows(model, [text.edit]), torch.no_grad():
+            logits = model.run_with_hooks(torch.tensor([completion.tokens.ids]), fwd_hooks=hooks)[0].log_softmax(-1)
+        expected = sum(logits[completion.prompt_last + i, token].item() for i, token in enumerate(completion.target))
+        assert p == pytest.approx(expected, abs=1e-4)
+    assert (found - outcomes(model, texts).log()).abs().max() > 1e-2
 
 
 def test_sweeps(make_model: Make) -> None:
@@ -222,9 +231,9 @@ def test_bad_arguments_are_named(small: TransformerBridge) -> None:
     with pytest.raises(ValueError, match="3 recipients and 2 donors"):
         patch_attention(small, texts, texts[:2], {(1, 0)})
     with pytest.raises(Exception, match="queries"):
-        patch_attention(small, texts, texts, {(1, 0)}, queries="first")  # type: ignore[arg-type]
+        patch_attention(small, texts, texts, {(1, 0)}, queries="first")
     with pytest.raises(Exception, match="keys"):
-        patch_attention(small, texts, texts, {(1, 0)}, keys="column")  # type: ignore[arg-type]
+        patch_attention(small, texts, texts, {(1, 0)}, keys="column")
     case = Case("a", ad.EditRequest("{} plays the", "Ada", "cello"), {"ES": (Probe("Ada plays the", "cello", None),)})
     with pytest.raises(ValueError, match="the cases have no text of the tasks"):
         texts_of([case], [None])

@@ -38,8 +38,7 @@ ASKED = [
 def asked(model: TransformerBridge, layers: tuple[int, ...] = (0,)) -> list[Text]:
     edits = [random_edit(model, seed, layers) for seed in range(3)]
     return [
-        Text(f"case {i}", task, text, right, subject, edits[i])  # type: ignore[arg-type]
-        for i, (task, text, right, subject) in enumerate(ASKED)
+        Text(f"case {i}", task, text, right, subject, edits[i]) for i, (task, text, right, subject) in enumerate(ASKED)
     ]
 
 
@@ -77,7 +76,7 @@ def test_every_layer_turns_one_run_into_the_other(model: TransformerBridge) -> N
         close(substitute(*pair, "attn_out", [0], "all"), own)
         assert torch.equal(substitute(*pair, "resid", [], "all"), own)
         for kind in KINDS:
-            close(substitute(model, recipients, recipients, kind, range(3), "all"), own, 1e-6)  # type: ignore[arg-type]
+            close(substitute(model, recipients, recipients, kind, range(3), "all"), own, 1e-6)
 
         def both(batch: Batch, donor: Batch) -> list[Hook]:
             points = [stream_point(layer, kind) for layer in range(3) for kind in ("attn_out", "mlp_out")]
@@ -156,7 +155,7 @@ def test_substitution_equals_a_raw_model(make_model: Make, architecture: str, ki
     texts = asked(model)
     changes = []
     for positions in ("last", "subject", "all"):
-        found = substitute(model, unedited(texts), texts, kind, [1], positions)  # type: ignore[arg-type]
+        found = substitute(model, unedited(texts), texts, kind, [1], positions)
         for text, p in zip(texts, found.tolist(), strict=True):
             completion = encode_completion(model, text.text, text.right)
             hf, own = raw(architecture, text), raw(architecture, text.unedited)
@@ -190,7 +189,7 @@ def test_tracing_identities(model: TransformerBridge) -> None:
     texts = asked(model)
     clean = outcomes(model, texts)
     for kind in KINDS:
-        frame = causal_trace(model, texts, kind, draws=2)  # type: ignore[arg-type]
+        frame = causal_trace(model, texts, kind, draws=2)
         assert list(frame.columns) == ["case", "task", "place", "layer", "clean", "corrupted", "restored"]
         assert (frame["corrupted"].map(math.log) - frame["clean"].map(math.log)).abs().max() > 0.1
         for i, p in enumerate(clean.tolist()):
@@ -237,7 +236,7 @@ def test_tracing_equals_a_raw_model(make_model: Make, architecture: str, monkeyp
         "last": [list(range(completion.prompt_last, len(completion.tokens)))],
     }
     for kind in KINDS:
-        frame = causal_trace(model, [text], kind, window=2, noise=2.0, draws=2)  # type: ignore[arg-type]
+        frame = causal_trace(model, [text], kind, window=2, noise=2.0, draws=2)
         hf = raw(architecture, text)
         modules = [module(hf, architecture, layer, kind) for layer in (0, 1)]
         embedding = hf.get_submodule(EMBEDDING[architecture])
@@ -323,7 +322,7 @@ def test_bad_arguments_are_named(small: TransformerBridge, monkeypatch: pytest.M
         ({"draws": 0}, "0 draws were asked for; expected at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            causal_trace(small, texts, **wrong)  # type: ignore[arg-type]
+            causal_trace(small, texts, **wrong)
     with pytest.raises(ValueError, match="0 recipients"):
         causal_trace(small, [])
     with pytest.raises(ValueError, match="'Carla' does not occur"):
