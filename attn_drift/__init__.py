@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from attn_drift.datasets import CaseFile, Snippets, read_cases, read_snippets
     from attn_drift.editors.rome import ROMEConfig, rome
     from attn_drift.edits import Edit, applied_to_rows
+    from attn_drift.hidden_state import HiddenState
     from attn_drift.history import EditHistory
     from attn_drift.models import load_model
     from attn_drift.moments import SecondMoment, sampled_moment, second_moment
@@ -27,6 +28,7 @@ __all__ = [
     "EditHistory",
     "EditRequest",
     "FixedHeads",
+    "HiddenState",
     "LayerMax",
     "LowRankUpdate",
     "Margin",
@@ -58,6 +60,7 @@ _HOMES = {
     "EditHistory": "history",
     "EditRequest": "requests",
     "FixedHeads": "restriction",
+    "HiddenState": "hidden_state",
     "LayerMax": "restriction",
     "LowRankUpdate": "weights",
     "Margin": "restriction",

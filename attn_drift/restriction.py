@@ -136,6 +136,28 @@ class FixedHeads:
         return selected
 
 
+def restricted_layers(model: TransformerBridge, layer: int, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The layers that a restriction holds in an edit of ``layer``: those given, or all above it when None.
+
+    Raises:
+        ValueError: there are none, one is named twice, is out of range or not above the edited one.
+    """
+    chosen = tuple(range(layer + 1, model.cfg.n_layers)) if layers is None else layers
+    for index in chosen:
+        check_layer(model, index)
+    if len(set(chosen)) < len(chosen) or any(index <= layer for index in chosen):
+        raise ValueError(
+            f"the restricted layers are {chosen}; expected layers above the edited layer {layer}, each once: an edit "
+            "cannot change attention up to its own layer"
+        )
+    if not chosen:
+        raise ValueError(
+            f"no layer is left to restrict above the edited layer {layer} of {model.cfg.n_layers}; edit an earlier "
+            "layer"
+        )
+    return chosen
+
+
 def _kl(p: Distributions, q: Distributions) -> Tensor:
     return ((p + FLOOR) * ((p + FLOOR) / (q + FLOOR)).log()).sum(-1)
 
@@ -194,19 +216,7 @@ class SADR:
             ValueError: there are none, one is named twice, is out of range or not above the edited one (so that
                 nothing could drift in it), or a fixed head does not exist.
         """
-        layers = tuple(range(layer + 1, model.cfg.n_layers)) if self.layers is None else self.layers
-        for chosen in layers:
-            check_layer(model, chosen)
-        if len(set(layers)) < len(layers) or any(chosen <= layer for chosen in layers):
-            raise ValueError(
-                f"the restricted layers are {layers}; expected layers above the edited layer {layer}, each once: an "
-                "edit cannot change attention up to its own layer"
-            )
-        if not layers:
-            raise ValueError(
-                f"no layer is left to restrict above the edited layer {layer} of {model.cfg.n_layers}; edit an "
-                "earlier layer"
-            )
+        layers = restricted_layers(model, layer, self.layers)
         if isinstance(self.heads, FixedHeads):
             for chosen, head in self.heads.heads:
                 if chosen not in layers or not 0 <= head < model.cfg.n_heads:

@@ -41,6 +41,8 @@ class Settings:
     ridge: float = 1e-4
     gamma: float = 0.0
     all_heads: bool = False
+    hidden: float = 0.0
+    mean_key: bool = False
 
 
 def reference_rome(
@@ -62,6 +64,10 @@ def reference_rome(
     probe = Probed(block.get_submodule(inside))
     setattr(block.get_submodule(parent), name, probe)
 
+    streams: list[Tensor] = []
+    for inner in hf.get_submodule(stack):
+        inner.register_forward_hook(lambda _m, _a, out: streams.append((out[0] if isinstance(out, tuple) else out)[0]))
+
     def ids(text: str) -> list[int]:
         return tokenizer(text)["input_ids"]
 
@@ -79,14 +85,16 @@ def reference_rome(
 
     def forward(tokens: list[int], position: int, vector: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         probe.position, probe.vector = position, vector
+        streams.clear()
         out = hf(torch.tensor([tokens]), output_attentions=True)
         return out.logits[0].log_softmax(-1), [a[0] for a in out.attentions]
 
-    vanilla = []
+    vanilla, before_edit = [], []
     keys = []
     with torch.no_grad():
         for tokens, s_b, _, _ in texts:
             vanilla.append(forward(tokens, s_b, None)[1])
+            before_edit.append(list(streams))
             keys.append(probe.key)
             if len(keys) == 1:
                 v0 = probe.value
@@ -96,10 +104,14 @@ def reference_rome(
     m, v = torch.zeros_like(v0), torch.zeros_like(v0)
     losses = []
     for step in range(s.steps):
-        nll, sadr = torch.zeros((), dtype=v0.dtype), torch.zeros((), dtype=v0.dtype)
-        for (tokens, s_b, t_b, _), before in zip(texts, vanilla, strict=True):
+        nll, sadr, moved = (torch.zeros((), dtype=v0.dtype) for _ in range(3))
+        for (tokens, s_b, t_b, _), before, streams_before in zip(texts, vanilla, before_edit, strict=True):
             logp, after = forward(tokens, s_b, delta)
             nll = nll - sum(logp[t_b + i, t] for i, t in enumerate(target_ids)) / len(target_ids) / len(texts)
+            above = list(zip(streams_before, streams, strict=True))[s.layer + 1 :]
+            for h, h_star in above:
+                change = (h_star[t_b] - h[t_b]) ** 2
+                moved = moved + change.sum() / (h[t_b] ** 2).sum() / len(above) / len(texts)
             if s.gamma:
                 for A, A_star in zip(before, after, strict=True):
                     threshold = A[:, t_b, s_b].max()
@@ -110,7 +122,7 @@ def reference_rome(
         now = forward(essence, essence_s, delta)[0][essence_s]
         kl = (p0.exp() * (p0 - now)).sum()
         norm = delta.norm() if delta.any() else (delta * 0).sum()
-        loss = nll + s.kl_factor * kl + s.weight_decay * norm / v0.norm() ** 2 + s.gamma * sadr
+        loss = nll + s.kl_factor * kl + s.weight_decay * norm / v0.norm() ** 2 + s.gamma * sadr + s.hidden * moved
         losses.append(loss.item())
         if loss < 0.05 or step == s.steps - 1:
             break
@@ -124,7 +136,7 @@ def reference_rome(
 
     C = C + s.ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
     K = torch.stack(keys)
-    if len(prompts) == 1:
+    if len(prompts) == 1 or s.mean_key:
         u = C.inverse() @ K.mean(0)
         w = u / (u @ K[0])
     else:

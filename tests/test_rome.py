@@ -9,9 +9,10 @@ from small_models import make_hf_model, make_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift.editors.rome import key_direction, subject_keys
+from attn_drift.editors.rome import constrained_direction, subject_keys
 from attn_drift.hooks import key_point, read
 from attn_drift.models import fingerprint, mlp_width
+from attn_drift.restriction import Restriction
 from attn_drift.rewriting import request_texts
 from attn_drift.tokens import encode, pad
 from attn_drift.values import optimise_values
@@ -37,7 +38,7 @@ def compare(
     bos: bool,
     request: ad.EditRequest,
     settings: Settings,
-    restrict: ad.SADR | None,
+    restrict: Restriction | None,
 ) -> None:
     """The update and all losses agree with the reference to 1e-5."""
     moment = moment_of(model, settings.layer)
@@ -48,6 +49,7 @@ def compare(
         weight_decay=settings.weight_decay,
         clamp=settings.clamp,
         ridge=settings.ridge,
+        keys="mean" if settings.mean_key else "constrained",
     )
     edit = ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment, restrict=restrict)
     hf = make_hf_model(architecture, torch.float64)
@@ -146,6 +148,20 @@ def test_equals_reference_with_two_wordings(make_model: Make, gamma: float) -> N
     compare(model, "gpt2", False, request, settings, ad.SADR(gamma=gamma) if gamma else None)
 
 
+def test_equals_reference_with_the_mean_key_of_two_wordings(make_model: Make) -> None:
+    model = make_model("gpt2", torch.float64)
+    request = ad.EditRequest(START, "Ada Bellini", "organ").rephrased(MIDDLE)
+    compare(model, "gpt2", False, request, Settings(layer=1, steps=10, mean_key=True), None)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_equals_reference_with_the_hidden_state_held(make_model: Make, architecture: str, layer: int) -> None:
+    model = make_model(architecture, torch.float64)
+    settings = Settings(layer=layer, steps=10, learning_rate=0.2, hidden=2.0)
+    request = ad.EditRequest(MIDDLE, "Ada Bellini", "zither quartet")
+    compare(model, architecture, False, request, settings, ad.HiddenState(weight=2.0))
+
+
 @pytest.mark.parametrize("clamp", [4.0, 0.2])
 def test_published_settings_equal_reference(make_model: Make, clamp: float) -> None:
     """Learning rate 0.5, and a ball so small that delta is projected on it."""
@@ -206,7 +222,7 @@ def test_every_key_of_every_wording_gets_the_value(make_model: Make) -> None:
     request = ad.EditRequest(START, "Ada Bellini", "cello").rephrased(MIDDLE)
     texts = request_texts(model, request, CONTEXTS)
     keys = subject_keys(model, 1, texts)
-    w = key_direction(keys, texts, moment_of(model, 1).factored(0.0, keys.device))
+    w = constrained_direction(keys, texts, moment_of(model, 1).factored(0.0, keys.device))
     own = [[i for i, t in enumerate(texts.rewriting) if t.wording == wording] for wording in (0, 1)]
     for rows in own:
         assert (w @ keys[rows[0]]).item() == pytest.approx(1, abs=1e-4)

@@ -27,6 +27,7 @@ ORDER = [
     "edits",
     "attention",
     "restriction",
+    "hidden_state",
     "sampling",
     "moments",
     "values",

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float, Float64
@@ -51,17 +51,22 @@ class ROMEConfig(ValueConfig):
         layer: the edited layer.
         ridge: added to the second moment's diagonal, in units of its mean. 0 in the published presets; needed where
             the moment comes from little text.
+        keys: with several wordings, ``"constrained"``: the key of each wording is mapped to the value; ``"mean"``: the
+            mean key alone gives the direction, as with one wording.
         context_lengths: of the contexts that are sampled when none are handed in, see `sample_contexts`.
     """
 
     layer: int
     ridge: float = 1e-4
+    keys: Literal["constrained", "mean"] = "constrained"
     context_lengths: tuple[tuple[int, int], ...] = ROME_LENGTHS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.ridge < inf:
             raise ValueError(f"ridge is {self.ridge}; expected a number of at least 0")
+        if self.keys not in ("constrained", "mean"):
+            raise ValueError(f"keys is {self.keys!r}; expected 'constrained' or 'mean'")
 
     @classmethod
     def for_model(cls, model: TransformerBridge) -> "ROMEConfig":
@@ -183,7 +188,9 @@ def _edits(
     method = {"editor": "rome", "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
     edits = []
     for request, value in zip(texts, values, strict=True):
-        weight = key_direction(subject_keys(model, config.layer, request), request, moment)
+        keys = subject_keys(model, config.layer, request)
+        constrained = config.keys == "constrained" and len(request.request.wordings) > 1
+        weight = constrained_direction(keys, request, moment) if constrained else key_direction(keys, request, moment)
         update = LowRankUpdate(weight.to(value.delta.dtype).cpu()[None], value.delta.cpu()[None])
         edits.append(
             Edit(
@@ -204,24 +211,27 @@ def subject_keys(model: TransformerBridge, layer: int, texts: RequestTexts) -> F
 def key_direction(
     keys: Float[Tensor, "text d_mlp"], texts: RequestTexts, moment: FactoredMoment
 ) -> Float64[Tensor, " d_mlp"]:
-    """The direction ``w`` in key space that the update answers to: ROME's ``u / (u . k0)``, or the constrained one."""
+    """The direction ``w`` in key space that ROME's update answers to: ``u / (u . k0)``."""
     keys = keys.to(moment.factor)
-    direction: Float64[Tensor, " d_mlp"]
-    if len(texts.request.wordings) == 1:
-        u = moment.solve(keys.mean(0)[:, None])[:, 0]
-        k0 = keys[0]
-        product = u @ k0
-        cosine = float(product / (u.norm() * k0.norm()))
-        if abs(cosine) < SMALL_COSINE:
-            log.warning(
-                "the update of %r explodes: u and k0 are almost orthogonal (cosine %.1e)", texts.request, cosine
-            )
-        direction = u / product
-        return direction
-    K = _wording_keys(keys, texts)
+    u = moment.solve(keys.mean(0)[:, None])[:, 0]
+    k0 = keys[0]
+    product = u @ k0
+    cosine = float(product / (u.norm() * k0.norm()))
+    if abs(cosine) < SMALL_COSINE:
+        log.warning("the update of %r explodes: u and k0 are almost orthogonal (cosine %.1e)", texts.request, cosine)
+    direction: Float64[Tensor, " d_mlp"] = u / product
+    return direction
+
+
+def constrained_direction(
+    keys: Float[Tensor, "text d_mlp"], texts: RequestTexts, moment: FactoredMoment
+) -> Float64[Tensor, " d_mlp"]:
+    """The direction ``w`` with ``w . k = 1`` for the keys of every wording (method.md, section 4b)."""
+    K = _wording_keys(keys.to(moment.factor), texts)
     solved = moment.solve(K)
     gram = K.T @ solved
     gram += KEY_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    direction: Float64[Tensor, " d_mlp"]
     direction = solved @ torch.linalg.solve(gram, torch.ones(len(gram), dtype=gram.dtype, device=gram.device))
     return direction
 
