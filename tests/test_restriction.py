@@ -178,5 +178,3 @@ def test_bad_settings_are_named(small: TransformerBridge) -> None:
             ad.HiddenState(weight=weight)
     with pytest.raises(ValueError, match="above the edited layer 1, each once"):
         ad.HiddenState(weight=1, layers=(1,)).bind(small, 1)
-    with pytest.raises(ValueError, match="keys is 'all'"):
-        ad.ROMEConfig(layer=0, keys="all")

@@ -157,9 +157,9 @@ def test_equals_reference_with_the_mean_key_of_two_wordings(make_model: Make) ->
 @pytest.mark.parametrize("layer", [0, 1])
 def test_equals_reference_with_the_hidden_state_held(make_model: Make, architecture: str, layer: int) -> None:
     model = make_model(architecture, torch.float64)
-    settings = Settings(layer=layer, steps=10, learning_rate=0.2, hidden=2.0)
+    settings = Settings(layer=layer, steps=10, learning_rate=0.2, hidden=100.0)
     request = ad.EditRequest(MIDDLE, "Ada Bellini", "zither quartet")
-    compare(model, architecture, False, request, settings, ad.HiddenState(weight=2.0))
+    compare(model, architecture, False, request, settings, ad.HiddenState(weight=100.0))
 
 
 @pytest.mark.parametrize("clamp", [4.0, 0.2])
