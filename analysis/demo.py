@@ -1,25 +1,21 @@
 """The demonstration: facts of the demo world edited by ROME, with and without SADR, scored and captured."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.drift import AttentionDrift, SubjectAttention, attention_drift, subject_attention
-from analysis.methods import NONE
-from analysis.scores import Scores, results_row
-from analysis.specificity import score
-from attn_drift.attention import AttentionCapture, capture_attention
+from analysis.arms import Arm, arm, subjects
+from analysis.drift import AttentionDrift, attention_drift
+from analysis.methods import NONE, Supplies
+from analysis.scores import results_row
 from attn_drift.cases import Case
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World
 from attn_drift.editors.presets import preset_gamma
-from attn_drift.editors.rome import ROMEConfig, rome
-from attn_drift.edits import Edit
+from attn_drift.editors.rome import ROMEConfig
 from attn_drift.models import demo_folder
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import SADR
@@ -28,28 +24,6 @@ ROME, RESTRICTED, REPHRASED = "rome", "rome+sadr", "rome+sadr+rephrased"
 
 # Of all scores, those of its table.
 SHOWN = ("ES", "PS", "NS", "DNS", "RS", "RS_argmax", "DNS_argmax")
-
-
-@dataclass(frozen=True, eq=False)
-class Arm:
-    """One editor's edits of all cases, their scores, and the attention on the DNS texts.
-
-    Attributes:
-        editor: its name.
-        gamma, steps: its settings; 0 where it has none.
-        edits: one per case; None for the unedited model.
-        scores: of all cases.
-        capture: patterns of all heads on the DNS texts.
-        attention: from the last token of each DNS text to the edited subject.
-    """
-
-    editor: str
-    gamma: float
-    steps: int
-    edits: list[Edit] | None
-    scores: Scores
-    capture: AttentionCapture
-    attention: SubjectAttention
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,36 +103,6 @@ def demonstrate(model: TransformerBridge, n: int = 24, gamma: float | None = Non
         (RESTRICTED, plain, restriction),
         (REPHRASED, wordings, restriction),
     ]
-    arms = {name: _arm(model, cases, name, requests, restrict, config, seed) for name, requests, restrict in plans}
-    return Demonstration(cases, _subjects(cases), arms, config.layer, seed, time.perf_counter() - started)
-
-
-def _arm(
-    model: TransformerBridge,
-    cases: Sequence[Case],
-    name: str,
-    requests: list[EditRequest] | None,
-    restrict: SADR | None,
-    config: ROMEConfig,
-    seed: int,
-) -> Arm:
-    edits = None
-    if requests is not None:
-        generator = torch.Generator().manual_seed(seed)
-        edits = rome(model, requests, config=config, restrict=restrict, generator=generator)
-    texts = [probe.text for case in cases for probe in case.probes["DNS"]]
-    per_text = None if edits is None else [e for e, c in zip(edits, cases, strict=True) for _ in c.probes["DNS"]]
-    capture = capture_attention(model, texts, edits=per_text)
-    return Arm(
-        editor=name,
-        gamma=0.0 if restrict is None else restrict.gamma,
-        steps=0 if edits is None else config.steps,
-        edits=edits,
-        scores=score(model, cases, edits),
-        capture=capture,
-        attention=subject_attention(capture, _subjects(cases)),
-    )
-
-
-def _subjects(cases: Sequence[Case]) -> list[str]:
-    return [case.request.subject for case in cases for _ in case.probes["DNS"]]
+    supplies = Supplies(model, seed)
+    arms = {name: arm(supplies, cases, name, requests, config, restrict) for name, requests, restrict in plans}
+    return Demonstration(cases, subjects(cases), arms, config.layer, seed, time.perf_counter() - started)

@@ -1,0 +1,334 @@
+"""Which heads does SADR's rule select, and which drift? At each step, across cases and tasks, by kind of head.
+
+The rule is evaluated on an edit's own texts; the damage is seen on others. If the heads that drift on the edit prompt
+were not those that drift on DNS and RS texts, restricting them would be beside the point.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy.stats import hypergeom, spearmanr
+from torch import Tensor
+from transformer_lens.head_detector import detect_head
+from transformer_lens.model_bridge import TransformerBridge
+
+from analysis.drift import SubjectAttention, subject_attention
+from analysis.patching import Head
+from analysis.statistics import RESAMPLES
+from attn_drift.attention import capture_attention
+from attn_drift.cases import Case, Task
+from attn_drift.edits import Edit
+from attn_drift.restriction import HeadRule, LayerMax, Selected, Subject
+
+# A head counts as selected where the rule selects it on at least this share of the texts.
+SELECTED = 0.5
+PAPERS_RULE: HeadRule = LayerMax()
+KINDS = ("previous_token", "duplicate_token", "induction", "copying")
+
+
+@dataclass(frozen=True)
+class Placebo:
+    """As many heads of each text as another rule selects at that step, but drawn at random, the same at every step.
+
+    Attributes:
+        rule: the rule.
+        seed: of the draw, which also depends on a text's place in the batch.
+    """
+
+    rule: HeadRule = PAPERS_RULE
+    seed: int = 0
+
+    def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
+        n = self.rule(vanilla, edited, layers).sum((0, 2))
+        n_layers, n_texts, n_heads, n_queries = edited.shape
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.rand(n_texts, n_queries, n_layers * n_heads, generator=generator)
+        rank = drawn.argsort(-1).argsort(-1).to(edited.device)
+        return (rank < n[..., None]).view(n_texts, n_queries, n_layers, n_heads).permute(2, 0, 3, 1)
+
+
+def selected_heads(edits: Sequence[Edit]) -> pd.DataFrame:
+    """What the rule selected while values were optimised (`EditHistory.selected`).
+
+    Returns:
+        A row per edit, step, and head that was selected on some text: ``case`` (place in ``edits``), ``step``,
+        ``layer``, ``head``, ``share`` (of the edit's rewriting texts).
+
+    Raises:
+        ValueError: an edit without a record of selected heads: it was made without a restriction of heads.
+    """
+    parts = []
+    for case, edit in enumerate(edits):
+        if edit.history is None or edit.history.selected is None:
+            raise ValueError(
+                f"edit {case} has no record of selected heads; make it with restrict=SADR(gamma=0) to have one of an "
+                "edit that is not restricted"
+            )
+        step, layer, head = edit.history.selected.nonzero(as_tuple=True)
+        share = edit.history.selected[step, layer, head].double()
+        columns = {"step": step.numpy(), "layer": layer.numpy(), "head": head.numpy(), "share": share.numpy()}
+        parts.append(pd.DataFrame(columns).assign(case=case))
+    return pd.concat(parts, ignore_index=True)[["case", "step", "layer", "head", "share"]]
+
+
+def share_by_step(edits: Sequence[Edit]) -> pd.DataFrame:
+    """Mean share by step, layer and head over the edits that were still optimised at that step; 0 where none was held.
+
+    Columns ``step``, ``layer``, ``head``, ``share``, of the heads that were ever selected. Errors: `selected_heads`.
+    """
+    frame = selected_heads(edits)
+    lengths = np.array([len(edit.history or ()) for edit in edits])
+    alive = pd.Series([(lengths > step).sum() for step in range(lengths.max())])
+    wide = frame.pivot_table(index="step", columns=["layer", "head"], values="share", aggfunc="sum", fill_value=0.0)
+    wide = wide.reindex(range(lengths.max()), fill_value=0.0).div(alive, axis=0)
+    if frame.empty:
+        return frame[["step", "layer", "head", "share"]]
+    long = wide.stack(["layer", "head"], future_stack=True).to_frame("share")
+    return long.reset_index()
+
+
+def last_selected(edits: Sequence[Edit]) -> list[set[Head]]:
+    """Of each edit the heads that were selected on at least half of its texts at the last step."""
+    frame = selected_heads(edits)
+    sets: list[set[Head]] = []
+    for case, edit in enumerate(edits):
+        last = frame[(frame["case"] == case) & (frame["step"] == len(edit.history or ()) - 1)]
+        held = last.loc[last["share"] >= SELECTED, ["layer", "head"]]
+        sets.append({(int(layer), int(head)) for layer, head in held.itertuples(index=False)})
+    return sets
+
+
+def jaccard(first: set[Head], second: set[Head]) -> float:
+    """Shared heads over all heads of two sets; NaN where both are empty."""
+    union = first | second
+    return len(first & second) / len(union) if union else np.nan
+
+
+def chance_jaccard(n_first: int, n_second: int, n: int) -> float:
+    """Expected `jaccard` of two random sets of given sizes out of ``n`` heads."""
+    if n_first + n_second == 0:
+        return np.nan
+    shared = np.arange(min(n_first, n_second) + 1)
+    return float((hypergeom.pmf(shared, n, n_first, n_second) * shared / (n_first + n_second - shared)).sum())
+
+
+def overlap(sets: Sequence[set[Head]], n: int) -> dict[str, float]:
+    """Mean `jaccard` over all pairs of sets, beside what chance gives sets of these sizes out of ``n`` heads.
+
+    Returns:
+        ``jaccard``, ``chance``, and ``size``, the mean number of heads; NaN where there is no pair to compare.
+    """
+    pairs = list(combinations(sets, 2))
+    return {
+        "jaccard": _mean([jaccard(a, b) for a, b in pairs]),
+        "chance": _mean([chance_jaccard(len(a), len(b), n) for a, b in pairs]),
+        "size": _mean([len(chosen) for chosen in sets]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else np.nan
+
+
+def drifting(
+    model: TransformerBridge,
+    cases: Sequence[Case],
+    edits: Sequence[Edit],
+    tasks: Sequence[Task] = ("ES", "DNS", "RS"),
+    rule: HeadRule = PAPERS_RULE,
+) -> pd.DataFrame:
+    """How each head above the edit drifts on the texts of each task, and whether a rule would select it there.
+
+    Returns:
+        A row per case, task and head: ``case``, ``task``, ``layer``, ``head``, ``drift`` (to the subject-last token,
+        mean over the case's texts) and ``selected`` (share of these texts).
+
+    Raises:
+        ValueError: a number of edits other than that of cases, an edit of the last layer only, or no text of a task.
+    """
+    if len(edits) != len(cases):
+        raise ValueError(f"{len(edits)} edits were given for {len(cases)} cases; expected one for each")
+    edited = max(min(edit.updates) for edit in edits)
+    layers = range(edited + 1, model.cfg.n_layers)
+    if not layers:
+        raise ValueError(f"no layer lies above the edited layer {edited}; nothing can drift")
+    return pd.concat([_drifting(model, cases, edits, task, layers, rule) for task in tasks], ignore_index=True)
+
+
+def _drifting(
+    model: TransformerBridge,
+    cases: Sequence[Case],
+    edits: Sequence[Edit],
+    task: Task,
+    layers: Sequence[int],
+    rule: HeadRule,
+) -> pd.DataFrame:
+    rows = [(probe.text, i) for i, case in enumerate(cases) for probe in case.probes.get(task, ())]
+    if not rows:
+        raise ValueError(f"the cases have no text of the task {task!r}")
+    texts, owner = [text for text, _ in rows], [i for _, i in rows]
+    subject = [cases[i].request.subject for i in owner]
+    before = subject_attention(capture_attention(model, texts, layers=layers), subject)
+    after = subject_attention(capture_attention(model, texts, layers=layers, edits=[edits[i] for i in owner]), subject)
+    selected = rule(_by_layer(before), _by_layer(after), list(layers))[..., 0].transpose(0, 1)
+    index = pd.MultiIndex.from_product(
+        [range(len(rows)), layers, range(model.cfg.n_heads)], names=["text", "layer", "head"]
+    )
+    columns = {"drift": (after.last - before.last).flatten().numpy(), "selected": selected.flatten().double().numpy()}
+    frame = pd.DataFrame(columns, index=index).reset_index()
+    frame["case"] = [cases[owner[text]].case_id for text in frame["text"]]
+    means = frame.groupby(["case", "layer", "head"], sort=False)[["drift", "selected"]].mean().reset_index()
+    means.insert(1, "task", task)
+    return means
+
+
+def _by_layer(attention: SubjectAttention) -> Tensor:
+    """As rules take it: ``[layer text head query]``, of one query."""
+    return attention.last.transpose(0, 1)[..., None]
+
+
+def agreement(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Do the same heads drift on the texts of different tasks?
+
+    Args:
+        frame: from `drifting`; cases that lack one of two tasks are left out of that pair.
+        seed: of the draws of cases.
+
+    Returns:
+        A row per pair of tasks: ``first``, ``second``, ``spearman`` over heads of the drift averaged over cases, with
+        ``low`` and ``high`` (95 % percentiles of draws of whole cases); ``jaccard``, averaged over cases, of the heads
+        selected on at least half of a case's texts, with ``jaccard_low``, ``jaccard_high`` and ``chance``; ``n`` cases.
+    """
+    tables = {task: _wide(texts, "drift") for task, texts in frame.groupby("task", sort=False)}
+    sets = {task: _wide(texts, "selected") >= SELECTED for task, texts in frame.groupby("task", sort=False)}
+    rows = []
+    for first, second in combinations(tables, 2):
+        both = tables[first].index.intersection(tables[second].index, sort=False)
+        drifts = tables[first].loc[both].to_numpy(), tables[second].loc[both].to_numpy()
+        held = sets[first].loc[both].to_numpy(), sets[second].loc[both].to_numpy()
+        rows.append({"first": first, "second": second, **_agreement(drifts, held, seed), "n": len(both)})
+    return pd.DataFrame(rows)
+
+
+def _wide(texts: pd.DataFrame, column: str) -> pd.DataFrame:
+    return texts.pivot(index="case", columns=["layer", "head"], values=column)
+
+
+Table = NDArray[Any]
+
+
+def _agreement(drifts: tuple[Table, Table], held: tuple[Table, Table], seed: int) -> dict[str, float]:
+    (drift_1, drift_2), (held_1, held_2) = drifts, held
+    n_cases, n_heads = drift_1.shape
+    shared, union = (held_1 & held_2).sum(1), (held_1 | held_2).sum(1)
+    per_case = np.where(union > 0, shared / np.maximum(union, 1), np.nan)
+    chance = _mean([chance_jaccard(int(a), int(b), n_heads) for a, b in zip(held_1.sum(1), held_2.sum(1), strict=True)])
+    rng = np.random.default_rng(seed)
+    often = rng.multinomial(n_cases, np.full(n_cases, 1 / n_cases), size=RESAMPLES).astype(np.float64)
+    draws = [_spearman(w @ drift_1, w @ drift_2) for w in often]
+    measured = np.isfinite(per_case)
+    with np.errstate(invalid="ignore"):
+        means = (often[:, measured] @ per_case[measured]) / often[:, measured].sum(1)
+    low, high = _percentiles(draws)
+    jaccard_low, jaccard_high = _percentiles(means)
+    return {
+        "spearman": _spearman(drift_1.sum(0), drift_2.sum(0)),
+        "low": low,
+        "high": high,
+        "jaccard": _mean(per_case.tolist()),
+        "jaccard_low": jaccard_low,
+        "jaccard_high": jaccard_high,
+        "chance": chance,
+    }
+
+
+def _spearman(first: Table, second: Table) -> float:
+    """NaN where either is constant."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return np.nan
+    return float(spearmanr(first, second).statistic)
+
+
+def _percentiles(values: Sequence[float] | Table) -> tuple[float, float]:
+    finite = np.asarray(values, dtype=np.float64)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
+        return np.nan, np.nan
+    low, high = np.quantile(finite, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def head_kinds(model: TransformerBridge, texts: Sequence[str]) -> pd.DataFrame:
+    """What kind of head each head is, in the unedited model.
+
+    ``previous_token``, ``duplicate_token`` and ``induction`` are TransformerLens's ``detect_head``: the share of a
+    head's attention that goes where such a head looks, on each text told twice in a row. ``copying`` is the sum of the
+    eigenvalues of the head's circuit from tokens to logits, ``W_E W_V W_O W_U``, over the sum of their absolute values
+    (Elhage et al., 2021, "A Mathematical Framework for Transformer Circuits"): 1 for a head that makes every token it
+    looks at more likely, -1 for one that makes it less so. Layer norms are left out, and embeddings and unembeddings
+    centred over tokens, since what a head does whatever it looks at is no copying.
+
+    Returns:
+        A row per head: ``layer``, ``head``, and one column per kind.
+
+    Raises:
+        ValueError: no texts, or one that is too long for the model's context when told twice.
+    """
+    doubled = [f"{text} {text}" for text in texts]
+    if not doubled:
+        raise ValueError("no texts were given; expected at least one")
+    for text in doubled:
+        n = model.to_tokens(text).shape[-1]
+        if n >= model.cfg.n_ctx:
+            raise ValueError(f"told twice, a text has {n} tokens; the model's context has {model.cfg.n_ctx}")
+    scores = {kind: detect_head(model, doubled, f"{kind}_head") for kind in KINDS[:3]}
+    scores["copying"] = _copying(model)
+    index = pd.MultiIndex.from_product([range(model.cfg.n_layers), range(model.cfg.n_heads)], names=["layer", "head"])
+    columns = {kind: score.flatten().double().cpu().numpy() for kind, score in scores.items()}
+    return pd.DataFrame(columns, index=index).reset_index()
+
+
+def _copying(model: TransformerBridge) -> Tensor:
+    """[layer head]"""
+    with torch.no_grad():
+        W_U, W_E = model.W_U.float(), model.W_E.float()
+        through = ((W_U - W_U.mean(1, keepdim=True)) @ (W_E - W_E.mean(0))).cpu()
+        per_layer = []
+        for layer in range(model.cfg.n_layers):
+            W_V, W_O = (getattr(model.blocks[layer].attn, name).float().cpu() for name in ("W_V", "W_O"))
+            W_V = W_V.repeat_interleave(len(W_O) // len(W_V), dim=0)
+            # Eigenvalues of AB are those of BA, of a matrix that is d_head wide.
+            eigenvalues = torch.linalg.eigvals(W_O @ through @ W_V)
+            per_layer.append(eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1))
+    return torch.stack(per_layer)
+
+
+def kinds_of_drifting(frame: pd.DataFrame, kinds: pd.DataFrame) -> pd.DataFrame:
+    """Do heads of a kind drift more? Spearman correlation over the heads above the edit.
+
+    Args:
+        frame: from `drifting`.
+        kinds: from `head_kinds`.
+
+    Returns:
+        A row per task and kind: ``task``, ``kind``, ``spearman``, ``p`` (two-sided, heads taken as independent), ``n``
+        heads; NaN where all heads are alike.
+    """
+    rows: list[dict[Hashable, Any]] = []
+    for task, texts in frame.groupby("task", sort=False):
+        drift = texts.groupby(["layer", "head"])["drift"].mean().reset_index()
+        table = drift.merge(kinds, on=["layer", "head"])
+        for kind in KINDS:
+            row: dict[Hashable, Any] = {"task": task, "kind": kind, "spearman": np.nan, "p": np.nan, "n": len(table)}
+            if table["drift"].nunique() > 1 and table[kind].nunique() > 1:
+                found = spearmanr(table["drift"], table[kind])
+                row |= {"spearman": float(found.statistic), "p": float(found.pvalue)}
+            rows.append(row)
+    return pd.DataFrame(rows)
