@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -27,7 +26,7 @@ from analysis.summary import write_summaries
 from analysis.worker import Job, Plan, Worker
 from attn_drift.cases import Case
 from attn_drift.datasets import CaseFile, read_cases
-from attn_drift.files import replacing
+from attn_drift.files import alone_in, replacing
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def benchmark(
     _check_engine(engine, model)
     # Before a model is loaded, which may take minutes.
     _check_same_run(out, {"identity": _identity(plan, cases, batch_cases), "cases": {"n": cases.n}})
-    with _alone_in(out), _engine(engine, model, plan, options, workers, address) as running:
+    with alone_in(out), _engine(engine, model, plan, options, workers, address) as running:
         return _run(running, plan, cases, out, batch_cases, retry_failed)
 
 
@@ -92,24 +91,6 @@ def _texts(corpus: Sequence[str]) -> tuple[str, ...]:
     if isinstance(corpus, str):
         raise ValueError(f"the corpus is the text {corpus[:60]!r}; expected a list of texts")
     return tuple(corpus)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """A block that only one process runs in a folder; the system releases the lock of a process that is killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RuntimeError(
-            f"another process runs a benchmark in {folder}; wait for it, or give another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        (folder / ".lock").unlink(missing_ok=True)
-        lock.release()
 
 
 @contextmanager

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas as pd
+    import torch
 
     from analysis.results import Results
+    from attn_drift.cases import Case
 
 # The libraries behind the commands take seconds to import, so that each command imports what it needs.
 
@@ -185,6 +187,69 @@ def sweep(
     _finish(results)
 
 
+@app.command("evidence")
+def evidence_of_a_model(
+    model: Model,
+    out: Out,
+    cases: Annotated[Path | None, typer.Option(help="A file as for bench; the demo model has its own world.")] = None,
+    edits: Annotated[int, typer.Option(help="Number of facts to edit: the first that have all texts.")] = 24,
+    studied: Annotated[int, typer.Option(help="On how many of them sweeps, tracing and trade-offs run.")] = 12,
+    seed: Seed = 0,
+    skip_invalid: SkipInvalid = False,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """Why edits break other knowledge: patching, substitution, correlation, heads, and what else would help."""
+    given, wordings = _evidence_cases(model, cases, edits, seed, skip_invalid)
+    from analysis.evidence.run import evidence
+    from attn_drift.models import load_model
+
+    _quiet()
+    precision = _precision(dtype)
+    with console.status(f"loading {escape(model)}"):
+        loaded = load_model(model, dtype=precision, device=device)
+    found = evidence(loaded, given, out, studied=studied, wordings=wordings, seed=seed)
+    shown = [
+        {
+            "texts": task,
+            "unedited": cell["vanilla"],
+            "edited": cell["edited"],
+            "vanilla patterns": cell["patched_all_above"],
+            "recovered %": 100 * cell["recovered"]["mean"],
+        }
+        for task, cell in found.summary["patching"].items()
+    ]
+    import pandas as pd
+
+    table = pd.DataFrame(shown).round(2)
+    console.print(_table(table, escape(f"p(right) on texts of {len(given)} edits of {model}")))
+    console.print(f"Everything else: {out / 'report.html'}, evidence.json, tables", markup=False, soft_wrap=True)
+
+
+def _evidence_cases(
+    model: str, path: Path | None, n: int, seed: int, skip_invalid: bool
+) -> "tuple[list[Case], list[tuple[str, ...]] | None]":
+    """Cases and, for the demo's own, further wordings; read before anything slow is imported."""
+    from analysis.evidence import NEEDED
+    from attn_drift.cases import having
+    from attn_drift.datasets import read_cases
+
+    if path is not None:
+        given = having(read_cases(path, skip_invalid=skip_invalid), NEEDED, n)
+        if len(given) < n:
+            console.print(f"{len(given)} cases of {path} have all texts", markup=False, soft_wrap=True)
+        return given, None
+    if model != "demo":
+        raise ValueError(f"no cases were given for {model}; give --cases FILE (the demo model alone has its own)")
+    from attn_drift.demo.cases import demo_cases, further_wordings
+    from attn_drift.demo.world import World
+    from attn_drift.models import demo_folder
+
+    world = World.load(demo_folder() / "world.json")
+    given = demo_cases(world, n, seed)
+    return given, [further_wordings(world, case) for case in given]
+
+
 def _benchmark(
     path: Path,
     model: str,
@@ -210,14 +275,10 @@ def _benchmark(
         said = f"{cases.n_skipped} records are skipped, such as {cases.skipped[0]}"
         console.print(said, markup=False, soft_wrap=True)
     texts = [] if corpus is None else _lines(corpus)
-    import torch
-
     from analysis.benchmark import benchmark
 
     _quiet()
-    precision = getattr(torch, dtype, None)
-    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
-        raise ValueError(f"the dtype is {dtype!r}; expected float32, bfloat16, float16 or float64")
+    precision = _precision(dtype)
     return benchmark(
         model,
         cases,
@@ -227,6 +288,15 @@ def _benchmark(
         options={"dtype": precision, "device": device},
         **options,
     )
+
+
+def _precision(dtype: str) -> "torch.dtype":
+    import torch
+
+    precision = getattr(torch, dtype, None)
+    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
+        raise ValueError(f"the dtype is {dtype!r}; expected float32, bfloat16, float16 or float64")
+    return precision
 
 
 def _lines(path: Path) -> list[str]:

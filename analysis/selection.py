@@ -89,8 +89,7 @@ def share_by_step(edits: Sequence[Edit]) -> pd.DataFrame:
     wide = wide.reindex(range(lengths.max()), fill_value=0.0).div(alive, axis=0)
     if frame.empty:
         return frame[["step", "layer", "head", "share"]]
-    long = wide.stack(["layer", "head"], future_stack=True).to_frame("share")
-    return long.reset_index()
+    return wide.melt(ignore_index=False, value_name="share").reset_index()
 
 
 def last_selected(edits: Sequence[Edit]) -> list[set[Head]]:

@@ -3,11 +3,12 @@
 Every score is a ratio of sums over cases, ``sum(totals) / sum(counts)``: successes over texts, or losses over tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 
@@ -98,6 +99,27 @@ def bootstrap(
     means = resampled_means(totals.astype(np.float64).reshape(shape), counts.astype(np.float64).reshape(shape), seed)
     low, high = np.nanquantile(statistic(means), (0.025, 0.975))
     return float(low), float(high)
+
+
+def grouped_intervals(frame: pd.DataFrame, by: Sequence[str], column: str, seed: int = 0) -> pd.DataFrame:
+    """Mean of a column by group, over all its rows, with a bootstrap over cases.
+
+    Args:
+        frame: has ``case``, the columns ``by`` and ``column``.
+        by: what rows are grouped by; groups are in order of appearance.
+        column: of numbers.
+        seed: of the draws.
+
+    Returns:
+        A row per group: the columns ``by``, ``mean``, ``low``, ``high``, ``n`` (texts), ``n_cases``.
+    """
+    rows = []
+    for key, group in frame.groupby(list(by), sort=False):
+        sums = group.groupby("case")[column].agg(["sum", "count"])
+        low, high = bootstrap(sums["sum"].to_numpy(), sums["count"].to_numpy(), seed)
+        row = dict(zip(by, key, strict=True)) | {"mean": group[column].mean(), "low": low, "high": high}
+        rows.append(row | {"n": len(group), "n_cases": len(sums)})
+    return pd.DataFrame(rows)
 
 
 def pooled_half_width(per_text: Array) -> float | None:

@@ -1,7 +1,8 @@
 """Cases: an edit request with the texts that score it (method.md, section 5)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, get_args
 
 from attn_drift.requests import EditRequest
@@ -64,3 +65,8 @@ def distracting(request: EditRequest, probe: Probe) -> Probe:
     """A text after the edit as a sentence: the DNS text of an NS text, for instance."""
     text = f"{request.question} {request.target_new}. {probe.text}"
     return Probe(text, probe.right, probe.wrong, probe.aliases)
+
+
+def having(cases: Iterable[Case], tasks: Sequence[Task], n: int) -> list[Case]:
+    """The first ``n`` cases that have texts of all given tasks; fewer if there are no more."""
+    return list(islice((case for case in cases if all(case.probes.get(task) for task in tasks)), n))

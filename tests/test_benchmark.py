@@ -449,7 +449,7 @@ def test_bad_arguments_are_named_before_anything_runs(
     with pytest.raises(FileNotFoundError, match="is no benchmark"):
         Results(tmp_path)
     assert not list(tmp_path.iterdir())
-    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match="another process runs a benchmark"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match="another process writes to"):
         benchmark(model, cases, [], tmp_path)
 
 

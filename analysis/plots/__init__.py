@@ -2,14 +2,18 @@
 
 from analysis.plots.attention import attention_rows, drift_heatmap, layer_maximum
 from analysis.plots.correlation import correlation
+from analysis.plots.heads import by_layer, head_map, heads_by_step
 from analysis.plots.optimisation import loss_history
 from analysis.plots.scores import case_scatter, metric_bars, tradeoff
 
 __all__ = [
     "attention_rows",
+    "by_layer",
     "case_scatter",
     "correlation",
     "drift_heatmap",
+    "head_map",
+    "heads_by_step",
     "layer_maximum",
     "loss_history",
     "metric_bars",

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analysis.plots.style import COLOURS, TEMPLATE, colours, faded, label
+from analysis.plots.style import COLOURS, TEMPLATE, check_table, colours, faded, label
 from analysis.scores import Scores
 from attn_drift.cases import TASKS
 
@@ -43,7 +43,7 @@ def tradeoff(frame: pd.DataFrame, x: str | Sequence[str] = ("DNS", "RS"), y: str
     across = [x] if isinstance(x, str) else list(x)
     if not across:
         raise ValueError("no score was given for x; expected at least one column of the table")
-    _check_table(frame, ["line", "value", *across, y])
+    check_table(frame, ["line", "value", *across, y])
     if not pd.api.types.is_numeric_dtype(frame["value"]):
         raise ValueError(f"the column 'value' is of type {frame['value'].dtype}; expected numbers, names go to 'line'")
     figure = make_subplots(rows=1, cols=len(across), shared_yaxes=True, horizontal_spacing=0.12 / len(across))
@@ -82,14 +82,6 @@ def tradeoff(frame: pd.DataFrame, x: str | Sequence[str] = ("DNS", "RS"), y: str
     return figure
 
 
-def _check_table(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = set(columns) - set(frame.columns)
-    if missing:
-        raise ValueError(f"the table lacks the columns {sorted(missing)}; it has {list(frame.columns)}")
-    if frame.empty:
-        raise ValueError("the table has no row; expected at least one")
-
-
 def _error(rows: pd.DataFrame, column: str, colour: str) -> dict[str, object] | None:
     low, high = f"{column}_low", f"{column}_high"
     if low not in rows or high not in rows:
@@ -122,7 +114,7 @@ def metric_bars(frame: pd.DataFrame) -> go.Figure:
     Raises:
         ValueError: no row, a table that lacks a column, or two rows for the same editor and metric.
     """
-    _check_table(frame, ["editor", "metric", "mean", "low", "high"])
+    check_table(frame, ["editor", "metric", "mean", "low", "high"])
     twice = frame.loc[frame.duplicated(["editor", "metric"]), ["editor", "metric"]]
     if len(twice):
         editor, metric = twice.iloc[0]

@@ -1,6 +1,9 @@
 """What the figures share: colours, template, labels."""
 
 import html
+from collections.abc import Sequence
+
+import pandas as pd
 
 DIVERGING = "RdBu"
 SEQUENTIAL = "Blues"
@@ -28,3 +31,11 @@ def label(text: object) -> str:
 def visible(token: str) -> str:
     """A token as a label: HTML escaped, white space made visible."""
     return label(token).replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+
+
+def check_table(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = set(columns) - set(frame.columns)
+    if missing:
+        raise ValueError(f"the table lacks the columns {sorted(missing)}; it has {list(frame.columns)}")
+    if frame.empty:
+        raise ValueError("the table has no row; expected at least one")

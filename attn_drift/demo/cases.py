@@ -35,8 +35,13 @@ def demo_cases(world: World, n: int, seed: int) -> list[Case]:
 
 def rephrased(world: World, case: Case) -> EditRequest:
     """The request of a case with a second wording of its question, one that no score uses."""
+    return case.request.rephrased(further_wordings(world, case)[0])
+
+
+def further_wordings(world: World, case: Case) -> tuple[str, ...]:
+    """Templates of a case's question beyond its own: one that no score uses, then the first paraphrase."""
     relation = next(r for r in world.relations.values() if r.templates[EDIT] == case.request.prompt)
-    return case.request.rephrased(relation.templates[REPHRASING])
+    return relation.templates[REPHRASING], relation.templates[PARAPHRASES[0]]
 
 
 def merged_record(case: Case) -> dict[str, Any]:

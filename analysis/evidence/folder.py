@@ -1,0 +1,58 @@
+"""What a folder of evidence holds."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+CONFIG = "config.json"
+SUMMARY = "evidence.json"
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A folder of evidence, tables read when they are first asked for.
+
+    Raises:
+        FileNotFoundError: it is none.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+        if not (self.folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{self.folder.absolute()} holds no evidence: it has no {CONFIG}")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        return config
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """``evidence.json``."""
+        summary: dict[str, Any] = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+        return summary
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table by its name, for instance ``"patching"``.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        path = table_path(self.folder, name)
+        if not path.is_file():
+            names = sorted(path.stem for path in path.parent.glob("*.parquet"))
+            raise KeyError(f"there is no table {name!r}; there are {names}")
+        return pd.read_parquet(path)
+
+
+def table_path(folder: Path, name: str) -> Path:
+    """The file of a table."""
+    return folder / "tables" / f"{name}.parquet"

@@ -1,0 +1,143 @@
+"""``evidence.json``: the numbers of all studies, means with their 95 % intervals over cases."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.evidence.folder import Evidence
+from analysis.statistics import grouped_intervals, resampled_means
+from analysis.tradeoffs import RULES
+
+# The condition of attention patching that the mechanism is judged by.
+HEALED = "all heads above"
+RANDOM = "random heads"
+# Conditions by the names that the file has for them.
+NAMES = {
+    "vanilla": "vanilla",
+    "edited": "edited",
+    HEALED: "patched_all_above",
+    "last rows": "patched_last_rows",
+    "subject columns": "patched_subject_columns",
+    "subject knocked out": "knocked_out",
+    "attention outputs": "healed_attention_outputs",
+    "drifting heads": "patched_drifting_heads",
+    RANDOM: "patched_random_heads",
+}
+
+
+def summarise(found: Evidence) -> dict[str, Any]:
+    """Everything as JSON takes it; what is not defined is null."""
+    summary = {
+        **{key: found.config[key] for key in ("model", "cases", "studied", "gamma", "seed")},
+        "layer": found.config["config"]["layer"],
+        "checks": found.table("checks").set_index("check")["deviation"].to_dict(),
+        "patching": _patching(found),
+        "substitution": _substitution(found),
+        "tracing": _tracing(found),
+        "correlation": records(found.table("correlation")),
+        "heads": {
+            "agreement": records(found.table("agreement")),
+            "wordings": records(found.table("wording_agreement")),
+            "kinds": records(found.table("kinds")),
+        },
+        "selection": _selection(found),
+        "tradeoffs": records(found.table("tradeoffs")),
+        "equal_efficacy": records(found.table("equal_efficacy")),
+    }
+    plain: dict[str, Any] = _plain(summary)
+    return plain
+
+
+def conditions(found: Evidence) -> pd.DataFrame:
+    """p(right) by task and condition, with intervals: `grouped_intervals`, the random draws of heads taken as one."""
+    return grouped_intervals(_pooled(found), ["task", "condition"], "p")
+
+
+def _pooled(found: Evidence) -> pd.DataFrame:
+    table = found.table("patching")
+    return table.assign(condition=table["condition"].str.replace(r" \d+$", "", regex=True))
+
+
+def recovered(found: Evidence, condition: str = HEALED, seed: int = 0) -> pd.DataFrame:
+    """Share of the lost p(right) that a condition brings back: ``task``, ``mean``, ``low``, ``high`` over cases.
+
+    ``(p(condition) - p(edited)) / (p(vanilla) - p(edited))``, of means over texts.
+    """
+    rows = []
+    for task, texts in _pooled(found).groupby("task", sort=False):
+        wide = texts.pivot_table(index="case", columns="condition", values="p", aggfunc=["sum", "count"], sort=False)
+        columns = ["vanilla", "edited", condition]
+        totals, counts = wide["sum"][columns].to_numpy(), wide["count"][columns].to_numpy().astype(np.float64)
+        means = np.concatenate([(totals.sum(0) / counts.sum(0))[None], resampled_means(totals, counts, seed)])
+        lost = means[:, 0] - means[:, 1]
+        share = (means[:, 2] - means[:, 1]) / np.where(lost == 0, np.nan, lost)
+        low, high = np.nanquantile(share[1:], (0.025, 0.975)) if np.isfinite(share[1:]).any() else (np.nan, np.nan)
+        rows.append({"task": task, "mean": float(share[0]), "low": float(low), "high": float(high)})
+    return pd.DataFrame(rows)
+
+
+def _patching(found: Evidence) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    layers = grouped_intervals(found.table("patching_layers"), ["task", "layer"], "p")
+    heads = grouped_intervals(found.table("patching_heads"), ["task", "layer", "head"], "p")
+    share = recovered(found).set_index("task")
+    for task, rows in conditions(found).groupby("task", sort=False):
+        named = [(NAMES[row["condition"]], row) for row in records(rows)]
+        own_heads = heads[heads["task"] == task]
+        result[str(task)] = {
+            **{name: row["mean"] for name, row in named},
+            "intervals": {name: [row["low"], row["high"]] for name, row in named},
+            "recovered": share.loc[task].to_dict(),
+            "by_layer": {str(row.layer): row.mean for row in layers[layers["task"] == task].itertuples()},
+            "by_head": {f"L{row.layer}H{row.head}": row.mean for row in own_heads.itertuples()},
+            "n": int(rows["n"].min()),
+            "n_cases": int(rows["n_cases"].iloc[0]),
+        }
+    return result
+
+
+def _substitution(found: Evidence) -> dict[str, Any]:
+    table = grouped_intervals(found.table("substitution"), ["task", "kind", "direction", "layer"], "p")
+    result: dict[str, Any] = {}
+    for row in records(table):
+        kinds = result.setdefault(row["task"], {}).setdefault(row["kind"], {})
+        kinds.setdefault(row["direction"], {})[str(row["layer"])] = _interval(row)
+    return result
+
+
+def _tracing(found: Evidence) -> dict[str, Any]:
+    table = found.table("tracing")
+    if table.empty:
+        return {}
+    cells = grouped_intervals(table, ["kind", "place", "layer"], "restored")
+    result: dict[str, Any] = {"clean": table["clean"].mean(), "corrupted": table["corrupted"].mean()}
+    for row in records(cells):
+        result.setdefault(row["kind"], {}).setdefault(row["place"], {})[str(row["layer"])] = _interval(row)
+    return result
+
+
+def _selection(found: Evidence) -> list[dict[str, Any]]:
+    table = found.table("tradeoffs")
+    rules = table[table["study"] == RULES].drop(columns=["study", "value", "wordings"])
+    return records(rules.rename(columns={"line": "rule"}))
+
+
+def _interval(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("mean", "low", "high")}
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    """The same, of JSON's own types."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
