@@ -39,8 +39,8 @@ def _cell(row: Row, name: str = "mean", scale: float = 1.0, digits: int = 2) -> 
     if not math.isfinite(row[name]):
         return ""
     prefix = "" if name == "mean" else f"{name}_"
-    low, high = row.get(f"{prefix}low"), row.get(f"{prefix}high")
-    ends = "" if low is None or not math.isfinite(low) else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+    low, high = (float(row.get(f"{prefix}{end}", math.nan)) for end in ("low", "high"))
+    ends = "" if not math.isfinite(low) else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
     return f"{scale * row[name]:.{digits}f}{ends}".replace(" ", "\u00a0")
 
 
@@ -232,8 +232,8 @@ def _wordings(found: Evidence) -> Section:
     ]
     section = _study(found, WORDINGS, "How many wordings", told)
     gamma, heads = found.config["gamma"], found.table("arm_heads")
-    used = heads[(heads["study"] == WORDINGS) & (heads["value"] == gamma)].assign(panel=lambda rows: rows["line"])
-    drifts = used[used["layer"] > found.config["config"]["layer"]].rename(columns={"drift": "value"})
+    used = heads[(heads["study"] == WORDINGS) & (heads["value"] == gamma)].drop(columns="value")
+    drifts = used[used["layer"] > found.config["config"]["layer"]].rename(columns={"drift": "value", "line": "panel"})
     figure = plots.head_map(drifts, f"Drift on DNS texts by head, gamma {gamma:g}", "drift")
     return Section(section.title, section.paragraphs, section.table, [*section.figures, figure])
 
