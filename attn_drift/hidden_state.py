@@ -63,7 +63,8 @@ class BoundHiddenState:
     def observe(self, activations: dict[str, Tensor], batch: RewritingBatch) -> States:
         """The stream at the prompt-last tokens of the rewriting texts, in float32 at least."""
         texts = torch.arange(batch.n_texts, device=batch.prompt_last.device)
-        states = [activations[point].to(texts.device)[texts, batch.prompt_last] for point in self.points]
+        columns = batch.prompt_last - batch.offset
+        states = [activations[point].to(texts.device)[texts, columns] for point in self.points]
         stacked = torch.stack(states)
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 

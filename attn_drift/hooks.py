@@ -5,6 +5,7 @@ Nothing else in the project names a hook point or attaches a hook.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import DynamicCache
 
 from attn_drift.tokens import TokenBatch
 
@@ -176,11 +178,41 @@ def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Te
         FloatingPointError: the logits at a real token are NaN or infinite.
     """
     logits: Tensor = model(batch.ids, attention_mask=batch.mask.long(), return_type="logits", **options)
+    _check_logits(model, batch, logits, 0)
+    return logits
+
+
+def cached(model: TransformerBridge, batch: TokenBatch, stop: int) -> DynamicCache:
+    """Keys and values of the first ``stop`` tokens of texts that all begin at the first column, without gradients."""
+    with torch.no_grad():
+        _, cache = model(
+            batch.ids[:, :stop], return_type="logits_and_cache", use_cache=True, past_key_values=DynamicCache()
+        )
+    return cache
+
+
+def run_on(
+    model: TransformerBridge, batch: TokenBatch, cache: DynamicCache, start: int
+) -> Float[Tensor, "text pos vocab"]:
+    """Runs the model on the tokens from column ``start`` on, after what is `cached`, which is left as it is.
+
+    Raises:
+        FloatingPointError: the logits at a real token are NaN or infinite.
+    """
+    fork = copy(cache)
+    fork.layers = [copy(layer) for layer in cache.layers]
+    logits: Tensor = model(
+        batch.ids[:, start:], attention_mask=batch.mask.long(), past_key_values=fork, return_type="logits"
+    )
+    _check_logits(model, batch, logits, start)
+    return logits
+
+
+def _check_logits(model: TransformerBridge, batch: TokenBatch, logits: Tensor, start: int) -> None:
     # The final norm and the unembedding spread whatever is not finite over the whole vocabulary.
-    broken = (~torch.isfinite(logits[:, :, 0]) & batch.mask).any(1)
+    broken = (~torch.isfinite(logits[:, :, 0]) & batch.mask[:, start:]).any(1)
     if broken.any():
         raise _not_finite(model, "logits", batch.rows[int(broken.nonzero()[0, 0])].text)
-    return logits
 
 
 def _not_finite(model: TransformerBridge, what: str, text: str) -> FloatingPointError:

@@ -54,7 +54,10 @@ class LossTerm(Protocol):
         ...
 
     def observe(self, activations: dict[str, Tensor], batch: RewritingBatch) -> Any:
-        """What it keeps of them: asked once of the vanilla model, and at every step, gradients kept."""
+        """What it keeps of them: asked once of the vanilla model, and at every step, gradients kept.
+
+        The axis of positions (of patterns: that of queries) begins at ``batch.offset``.
+        """
         ...
 
     def penalty(self, vanilla: Any, edited: Any, batch: RewritingBatch) -> Penalty:
@@ -250,7 +253,7 @@ class BoundSADR:
         texts = torch.arange(batch.n_texts, device=columns.device)[:, None]
         # Advanced indices around a slice put their axes first: [text query head key].
         patterns = [activations[point].to(columns.device) for point in self.points]
-        rows = [pattern[texts, :, columns].transpose(1, 2) for pattern in patterns]
+        rows = [pattern[texts, :, columns - batch.offset].transpose(1, 2) for pattern in patterns]
         stacked = torch.stack(rows)
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 

@@ -13,6 +13,9 @@ from attn_drift.tokens import Completion, TokenBatch, Tokens, encode, encode_com
 
 IGNORED = -100
 
+# What a run of the model costs beside its tokens, in tokens.
+TOKENS_PER_RUN = 400
+
 
 @dataclass(frozen=True)
 class RewritingText:
@@ -68,54 +71,110 @@ def _rewriting_text(model: TransformerBridge, request: EditRequest, context: str
 
 @dataclass(frozen=True)
 class RewritingBatch:
-    """The texts of several requests in one padded batch: first all rewriting texts, then one essence text a request.
+    """Texts of several requests in one padded batch: first rewriting texts, then essence texts.
+
+    Columns count from the texts' first tokens on. The model is run on those from ``offset`` on; what comes before is
+    the same at every step, and cached. Activations therefore begin at ``offset``, but for the key axis of patterns.
 
     Attributes:
         texts: per request.
-        tokens: the padded rows, ``text`` rewriting texts and ``request`` essence texts.
+        tokens: the padded rows.
+        place: of each row among all rewriting texts, one request after the other, followed by all essence texts.
         owner: the request of each row.
         subject_last: column of the subject-last token of each row.
         prompt_last: column of the prompt-last token of each rewriting text.
         target: the target's tokens of each rewriting text, filled up with -100.
+        offset: the first column that is run.
     """
 
     texts: tuple[RequestTexts, ...]
     tokens: TokenBatch
+    place: Int[Tensor, " row"]
     owner: Int[Tensor, " row"]
     subject_last: Int[Tensor, " row"]
     prompt_last: Int[Tensor, " text"]
     target: Int[Tensor, "text target"]
+    offset: int = 0
 
     @property
     def n_texts(self) -> int:
         """Number of rewriting texts."""
         return len(self.prompt_last)
 
-    def mean_per_request(self, per_text: Tensor) -> Tensor:
-        """Averages over each request's rewriting texts: ``[text ...] -> [request ...]``."""
-        # A product with a matrix, since index_add is not deterministic on CUDA.
-        member = self.owner[: self.n_texts] == torch.arange(len(self.texts), device=self.owner.device)[:, None]
-        shares = member.to(per_text.dtype) / member.sum(1, keepdim=True)
-        averaged: Tensor = torch.tensordot(shares, per_text, dims=1)
-        return averaged
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a batch: a rewriting text, or the essence text up to its subject (completion and target are None)."""
+
+    place: int
+    owner: int
+    tokens: Tokens
+    subject_last: int
+    completion: Completion | None
+
+
+def _rows(texts: Sequence[RequestTexts]) -> list[_Row]:
+    pairs = [(r, text) for r, request in enumerate(texts) for text in request.rewriting]
+    rows = [_Row(i, r, t.completion.tokens, t.subject_last, t.completion) for i, (r, t) in enumerate(pairs)]
+    for r, request in enumerate(texts):
+        # Nothing after the subject is read.
+        essence = request.essence.head(request.essence_subject_last + 1)
+        rows.append(_Row(len(pairs) + r, r, essence, request.essence_subject_last, None))
+    return rows
 
 
 def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts]) -> RewritingBatch:
-    """Pads the texts of several requests to one batch."""
-    flat = [(r, text) for r, request in enumerate(texts) for text in request.rewriting]
-    tokens = pad(model, [t.completion.tokens for _, t in flat] + [request.essence for request in texts])
+    """All texts of several requests in one batch, run as a whole."""
+    return _batch(model, texts, _rows(texts), 0)
+
+
+def suffix_batches(model: TransformerBridge, texts: Sequence[RequestTexts]) -> list[RewritingBatch]:
+    """All texts of several requests in batches that begin at the earliest subject-last token of their texts.
+
+    Nothing before that token changes while a value is optimised. Texts are parted so that the tokens that are run, and
+    what every batch costs beside them (``TOKENS_PER_RUN``), are least.
+    """
+    by_start: dict[int, list[_Row]] = {}
+    for row in _rows(texts):
+        by_start.setdefault(row.subject_last, []).append(row)
+    starts = sorted(by_start)
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for stop in range(1, len(starts) + 1):
+        costs = []
+        rows = longest = 0
+        for first in range(stop - 1, -1, -1):
+            group = by_start[starts[first]]
+            rows, longest = rows + len(group), max(longest, *(len(row.tokens) for row in group))
+            costs.append((best[first][0] + TOKENS_PER_RUN + rows * (longest - starts[first]), first))
+        best.append(min(costs))
+    batches = []
+    stop = len(starts)
+    while stop:
+        first = best[stop][1]
+        group = sorted((row for start in starts[first:stop] for row in by_start[start]), key=lambda row: row.place)
+        batches.append(_batch(model, texts, group, starts[first]))
+        stop = first
+    return batches[::-1]
+
+
+def _batch(
+    model: TransformerBridge, texts: Sequence[RequestTexts], rows: Sequence[_Row], offset: int
+) -> RewritingBatch:
+    # Where a prefix is cached, all rows begin at the first column.
+    tokens = pad(model, [row.tokens for row in rows], "right" if offset else None)
     device = tokens.ids.device
-    width = max(len(t.completion.target) for _, t in flat)
-    target = torch.full((len(flat), width), IGNORED, device=device)
-    for i, (_, text) in enumerate(flat):
-        target[i, : len(text.completion.target)] = torch.tensor(text.completion.target, device=device)
-    subject_last = [t.subject_last for _, t in flat] + [request.essence_subject_last for request in texts]
+    completions = [row.completion for row in rows if row.completion is not None]
+    target = torch.full((len(completions), max([len(c.target) for c in completions], default=1)), IGNORED)
+    for i, completion in enumerate(completions):
+        target[i, : len(completion.target)] = torch.tensor(completion.target)
     return RewritingBatch(
         texts=tuple(texts),
         tokens=tokens,
-        owner=torch.tensor([r for r, _ in flat] + list(range(len(texts))), device=device),
-        subject_last=tokens.columns(subject_last),
-        prompt_last=tokens.starts[: len(flat)]
-        + torch.tensor([t.completion.prompt_last for _, t in flat], device=device),
-        target=target,
+        place=torch.tensor([row.place for row in rows], device=device),
+        owner=torch.tensor([row.owner for row in rows], device=device),
+        subject_last=tokens.columns([row.subject_last for row in rows]),
+        prompt_last=tokens.starts[: len(completions)]
+        + torch.tensor([c.prompt_last for c in completions], dtype=torch.long, device=device),
+        target=target.to(device),
+        offset=offset,
     )

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.history import EditHistory
-from attn_drift.hooks import adding, attached, reading, run, value_point
+from attn_drift.hooks import adding, attached, cached, reading, run, run_on, value_point
 from attn_drift.restriction import LossTerm, Penalty
-from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch
+from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch, suffix_batches
 
 # Logits of one step, in numbers: requests are optimised in groups that stay below it (one at least).
 LOGITS_AT_ONCE = 2**27
@@ -81,15 +81,18 @@ def optimise_values(
     texts: Sequence[RequestTexts],
     config: ValueConfig,
     restriction: LossTerm | None = None,
+    whole: bool = False,
 ) -> list[OptimisedValue]:
     """Optimises a vector at the MLP output of ``layer``, at the subject-last token, for each request.
 
-    Requests do not influence each other; they share batches only for speed.
+    Requests do not influence each other; they share batches only for speed. Tokens before the subject-last ones are run
+    once and cached, unless ``whole`` asks for whole texts at every step: the reference that this is tested against.
     """
     results: list[OptimisedValue] = []
     with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
         for group in _groups(model, texts):
-            results += _Optimisation(model, layer, rewriting_batch(model, group), config, restriction).run()
+            batches = [rewriting_batch(model, group)] if whole else suffix_batches(model, group)
+            results += _Optimisation(model, layer, group, batches, config, restriction).run()
             progress.update(len(group))
     return results
 
@@ -144,29 +147,97 @@ class _Terms:
         return torch.stack(terms, dim=1).detach().cpu()
 
 
-class _Optimisation:
-    """One batch of requests, optimised together."""
+class _Part:
+    """A batch of texts that is run together, and its share of the loss."""
 
     def __init__(
         self,
         model: TransformerBridge,
         layer: int,
         batch: RewritingBatch,
+        restriction: LossTerm | None,
+        delta: Float[Tensor, "request d_model"],
+    ) -> None:
+        self.model, self.layer, self.batch = model, layer, batch
+        # Essence texts have nothing to restrict.
+        self.restriction = restriction if batch.n_texts else None
+        self.dtype = delta.dtype
+        self.store: dict[str, Tensor] = {}
+        points = [value_point(layer), *([] if self.restriction is None else self.restriction.points)]
+        columns = batch.subject_last - batch.offset
+        # Reading comes before adding, so that the stored value is the vanilla one.
+        self.hooks = [*reading(points, self.store), adding(layer, columns, lambda: delta[batch.owner])]
+        self.cache = cached(model, batch.tokens, batch.offset) if batch.offset else None
+
+    def run(self) -> Float[Tensor, "row pos vocab"]:
+        """The logits, from the batch's offset on; activations go to ``store``."""
+        batch = self.batch
+        with attached(self.model, self.hooks):
+            if self.cache is None:
+                return run(self.model, batch.tokens)
+            return run_on(self.model, batch.tokens, self.cache, batch.offset)
+
+    def record_vanilla(self) -> None:
+        """Keeps what the restriction compares with, of the run just made."""
+        if self.restriction is not None:
+            read = {point: self.store[point].detach() for point in self.restriction.points}
+            self.vanilla = self.restriction.observe(read, self.batch)
+
+    def values(self) -> Float[Tensor, "text d_model"]:
+        """Of the run just made: the values at the subject-last tokens of the rewriting texts, before delta."""
+        batch = self.batch
+        rows = torch.arange(batch.n_texts, device=batch.owner.device)
+        stored = self.store[value_point(self.layer)].to(rows.device)
+        return stored[rows, batch.subject_last[: batch.n_texts] - batch.offset].detach().to(self.dtype)
+
+    def target_nll(self, logits: Tensor) -> Float[Tensor, " text"]:
+        """Negative log-probability of the target, averaged over its tokens."""
+        batch = self.batch
+        present: Bool[Tensor, "text target"] = batch.target != IGNORED
+        columns = (batch.prompt_last - batch.offset)[:, None]
+        columns = columns + torch.arange(batch.target.shape[1], device=logits.device)
+        columns = columns.clamp(max=logits.shape[1] - 1)
+        rows = torch.arange(batch.n_texts, device=logits.device)[:, None]
+        log_probs = logits[rows, columns].to(self.dtype).log_softmax(-1)
+        token = log_probs.gather(-1, batch.target.clamp(min=0)[..., None]).squeeze(-1)
+        return -(token * present).sum(1) / present.sum(1)
+
+    def essence_log_probs(self, logits: Tensor) -> Float[Tensor, "essence vocab"]:
+        """Of the essence texts in the batch, at their subject-last tokens."""
+        batch = self.batch
+        rows = torch.arange(batch.n_texts, len(batch.owner), device=logits.device)
+        return logits[rows, batch.subject_last[rows] - batch.offset].to(self.dtype).log_softmax(-1)
+
+    def penalty(self) -> Penalty:
+        """The restriction's, of the run just made."""
+        if self.restriction is None:
+            return Penalty(torch.zeros(self.batch.n_texts, dtype=self.dtype, device=self.batch.owner.device))
+        return self.restriction.penalty(self.vanilla, self.restriction.observe(self.store, self.batch), self.batch)
+
+
+class _Optimisation:
+    """Some requests, optimised together."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        layer: int,
+        texts: Sequence[RequestTexts],
+        batches: Sequence[RewritingBatch],
         config: ValueConfig,
         restriction: LossTerm | None,
     ) -> None:
-        self.model, self.layer, self.batch, self.config, self.restriction = model, layer, batch, config, restriction
+        self.config = config
         weight = next(model.parameters())
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        shape = (len(batch.texts), model.cfg.d_model)
-        self.delta = torch.zeros(shape, dtype=self.dtype, device=batch.tokens.ids.device, requires_grad=True)
-        self.store: dict[str, Tensor] = {}
-        points = [value_point(layer), *([] if restriction is None else restriction.points)]
-        # Reading comes before adding, so that the stored value is the vanilla one.
-        self.hooks = [
-            *reading(points, self.store),
-            adding(layer, batch.subject_last, lambda: self.delta[batch.owner]),
-        ]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        shape = (len(texts), model.cfg.d_model)
+        self.delta = torch.zeros(shape, dtype=dtype, device=batches[0].owner.device, requires_grad=True)
+        self.parts = [_Part(model, layer, batch, restriction, self.delta) for batch in batches]
+        # Of all texts together, in the order of their places.
+        self.text_order = torch.cat([batch.place[: batch.n_texts] for batch in batches]).argsort()
+        self.essence_order = torch.cat([batch.place[batch.n_texts :] for batch in batches]).argsort()
+        owner = torch.cat([batch.owner[: batch.n_texts] for batch in batches])[self.text_order]
+        self.member = owner == torch.arange(len(texts), device=owner.device)[:, None]
 
     def run(self) -> list[OptimisedValue]:
         """Optimises until every request is done or the steps are spent."""
@@ -175,71 +246,60 @@ class _Optimisation:
         columns: list[Tensor] = []
         selected: list[Tensor] = []
         lengths = torch.zeros(len(self.delta), dtype=torch.long)
-        with attached(self.model, self.hooks):
-            for step in range(self.config.steps):
-                logits = run(self.model, self.batch.tokens)
-                if step == 0:
-                    self._record_vanilla(logits)
-                terms = self._terms(logits)
-                columns.append(terms.columns())
-                if terms.selected is not None:
-                    selected.append(terms.selected.cpu())
-                lengths += active.cpu()
-                active &= terms.loss.detach() >= self.config.stop_loss
-                if step == self.config.steps - 1 or not active.any():
-                    break
-                self._step(adam, terms, active)
+        for step in range(self.config.steps):
+            logits = [part.run() for part in self.parts]
+            if step == 0:
+                self._record_vanilla(logits)
+            terms = self._terms(logits)
+            columns.append(terms.columns())
+            if terms.selected is not None:
+                selected.append(terms.selected.cpu())
+            lengths += active.cpu()
+            active &= terms.loss.detach() >= self.config.stop_loss
+            if step == self.config.steps - 1 or not active.any():
+                break
+            self._step(adam, terms, active)
         return self._results(columns, selected, lengths.tolist())
 
-    def _record_vanilla(self, logits: Tensor) -> None:
-        batch = self.batch
-        rows = torch.arange(len(batch.owner), device=logits.device)
-        values = self.store[value_point(self.layer)].to(logits.device)[rows, batch.subject_last]
-        values = values.detach().to(self.delta)
+    def _record_vanilla(self, logits: list[Tensor]) -> None:
+        for part in self.parts:
+            part.record_vanilla()
+        values = torch.cat([part.values() for part in self.parts])[self.text_order]
         # The first text of every request is context-free.
-        first = torch.stack([(batch.owner[: batch.n_texts] == r).nonzero()[0, 0] for r in range(len(batch.texts))])
-        self.v0: Float[Tensor, "request d_model"] = values[first]
+        self.v0: Float[Tensor, "request d_model"] = values[self.member.int().argmax(1)]
         self.v0_norm = self.v0.norm(dim=1)
-        self.essence = self._essence_log_probs(logits).detach()
-        if self.restriction is not None:
-            self.vanilla = self.restriction.observe(
-                {point: self.store[point].detach() for point in self.restriction.points}, batch
-            )
+        self.essence = self._essence(logits).detach()
 
-    def _terms(self, logits: Tensor) -> _Terms:
-        batch, config = self.batch, self.config
-        per_text = self._target_nll(logits)
-        penalty = self._penalty(per_text)
-        now = self._essence_log_probs(logits)
+    def _essence(self, logits: list[Tensor]) -> Float[Tensor, "request vocab"]:
+        found = [part.essence_log_probs(part_logits) for part, part_logits in zip(self.parts, logits, strict=True)]
+        return torch.cat(found)[self.essence_order]
+
+    def _mean_per_request(self, per_text: list[Tensor]) -> Tensor:
+        """Averages over each request's rewriting texts: ``[text ...] -> [request ...]``."""
+        together = torch.cat(per_text)[self.text_order]
+        # A product with a matrix, since index_add is not deterministic on CUDA.
+        shares = self.member.to(together.dtype) / self.member.sum(1, keepdim=True)
+        averaged: Tensor = torch.tensordot(shares, together, dims=1)
+        return averaged
+
+    def _terms(self, logits: list[Tensor]) -> _Terms:
+        config = self.config
+        nll = [part.target_nll(part_logits) for part, part_logits in zip(self.parts, logits, strict=True)]
+        n_tokens = [(part.batch.target != IGNORED).sum(1) for part in self.parts]
+        penalties = [part.penalty() for part in self.parts]
+        selected = [penalty.selected for penalty in penalties if penalty.selected is not None]
+        now = self._essence(logits)
         kl = (self.essence.exp() * (self.essence - now)).sum(-1)
         return _Terms(
-            nll=batch.mean_per_request(per_text),
+            nll=self._mean_per_request(nll),
             kl=config.kl_factor * kl,
             decay=config.weight_decay * self.delta.norm(dim=1) / self.v0_norm.square(),
-            restriction=batch.mean_per_request(penalty.loss),
-            p_target=batch.mean_per_request((-per_text.detach() * (batch.target != IGNORED).sum(1)).exp()),
-            selected=None if penalty.selected is None else batch.mean_per_request(penalty.selected),
+            restriction=self._mean_per_request([penalty.loss for penalty in penalties]),
+            p_target=self._mean_per_request(
+                [(-loss.detach() * n).exp() for loss, n in zip(nll, n_tokens, strict=True)]
+            ),
+            selected=self._mean_per_request(selected) if selected else None,
         )
-
-    def _penalty(self, like: Tensor) -> Penalty:
-        if self.restriction is None:
-            return Penalty(torch.zeros_like(like))
-        return self.restriction.penalty(self.vanilla, self.restriction.observe(self.store, self.batch), self.batch)
-
-    def _target_nll(self, logits: Tensor) -> Float[Tensor, " text"]:
-        """Negative log-probability of the target, averaged over its tokens."""
-        batch = self.batch
-        present: Bool[Tensor, "text target"] = batch.target != IGNORED
-        columns = batch.prompt_last[:, None] + torch.arange(batch.target.shape[1], device=logits.device)
-        columns = columns.clamp(max=logits.shape[1] - 1)
-        rows = torch.arange(batch.n_texts, device=logits.device)[:, None]
-        log_probs = logits[rows, columns].to(self.dtype).log_softmax(-1)
-        token = log_probs.gather(-1, batch.target.clamp(min=0)[..., None]).squeeze(-1)
-        return -(token * present).sum(1) / present.sum(1)
-
-    def _essence_log_probs(self, logits: Tensor) -> Float[Tensor, "request vocab"]:
-        rows = torch.arange(self.batch.n_texts, len(self.batch.owner), device=logits.device)
-        return logits[rows, self.batch.subject_last[rows]].to(self.dtype).log_softmax(-1)
 
     def _step(self, adam: torch.optim.Adam, terms: _Terms, active: Bool[Tensor, " request"]) -> None:
         """One step of Adam for the requests that are not done, and the projection on the ball."""
@@ -248,7 +308,7 @@ class _Optimisation:
         adam.step()
         with torch.no_grad():
             radius = self.config.clamp * self.v0_norm
-            shrink = (radius / self.delta.norm(dim=1).clamp(min=torch.finfo(self.dtype).tiny)).clamp(max=1)
+            shrink = (radius / self.delta.norm(dim=1).clamp(min=torch.finfo(self.delta.dtype).tiny)).clamp(max=1)
             self.delta.copy_(torch.where(active[:, None], self.delta * shrink[:, None], before))
 
     def _results(self, columns: list[Tensor], selected: list[Tensor], lengths: list[int]) -> list[OptimisedValue]:

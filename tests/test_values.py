@@ -1,0 +1,89 @@
+"""The value optimiser: cached prefixes against whole texts, and how texts are parted."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformer_lens.model_bridge import TransformerBridge
+
+import attn_drift as ad
+from attn_drift import rewriting
+from attn_drift.restriction import Restriction
+from attn_drift.rewriting import request_texts, rewriting_batch, suffix_batches
+from attn_drift.values import ValueConfig, optimise_values
+
+Make = Callable[..., TransformerBridge]
+
+CONTEXTS = ["{}", "The man met a friend. {}", "Carla Moreau was seen by Ada Bellini. {}", "I. {}"]
+REQUESTS = [
+    ad.EditRequest("{} plays the", "Ada Bellini", "cello"),
+    ad.EditRequest("{} plays", "Ada", "the zither quartet"),
+    ad.EditRequest("In the town where the man met a friend, {} was", "Carla Moreau", "seen").rephrased(
+        "A friend of {}"
+    ),
+]
+RESTRICTIONS: list[Restriction | None] = [
+    None,
+    ad.SADR(gamma=0.5),
+    ad.SADR(gamma=0.5, heads=ad.TopK(3), divergence="js", queries="after_subject"),
+    ad.HiddenState(weight=10.0),
+]
+
+
+@pytest.mark.parametrize("restrict", RESTRICTIONS, ids=["none", "sadr", "after_subject", "hidden_state"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_cached_prefixes_change_nothing(
+    make_model: Make, architecture: str, bos: bool, restrict: Restriction | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of unlike length, one whose subject is the first token, in several batches."""
+    model = make_model(architecture, torch.float64, bos=bos)
+    model.tokenizer.padding_side = "right"
+    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    monkeypatch.setattr(rewriting, "TOKENS_PER_RUN", 5)
+    batches = suffix_batches(model, texts)
+    assert len(batches) > 2 and (batches[0].offset == 0) is not bos
+    config = ValueConfig(steps=20, learning_rate=0.1)
+    term = None if restrict is None else restrict.bind(model, 0)
+    fast = optimise_values(model, 0, texts, config, term)
+    plain = optimise_values(model, 0, texts, config, term, whole=True)
+    for a, b in zip(fast, plain, strict=True):
+        # Llama takes its softmax in float32, whose rounding depends on the shape of the batch.
+        assert (a.delta - b.delta).norm() <= 1e-5 * b.delta.norm()
+        torch.testing.assert_close(a.v0, b.v0, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(a.history.terms, b.history.terms, rtol=1e-5, atol=1e-7)
+        if isinstance(restrict, ad.SADR):
+            assert a.history.selected is not None and a.history.selected.any()
+            torch.testing.assert_close(a.history.selected, b.history.selected)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["Ada", "Ada Bellini", "Carla Moreau", "The man", "The man in town"]), min_size=1, max_size=5
+    ),
+    st.lists(st.sampled_from(CONTEXTS[1:]), max_size=4),
+    st.integers(0, 2000),
+)
+@settings(max_examples=30)
+def test_every_text_is_in_one_batch(small: TransformerBridge, subjects: list[str], more: list[str], price: int) -> None:
+    contexts = ["{}", *more]
+    texts = [request_texts(small, ad.EditRequest("{} plays the", s, "cello"), contexts) for s in subjects]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewriting, "TOKENS_PER_RUN", price)
+        batches = suffix_batches(small, texts)
+    whole = rewriting_batch(small, texts)
+    places = torch.cat([batch.place for batch in batches])
+    assert sorted(places.tolist()) == list(range(len(whole.owner)))
+    run = 0
+    for batch in batches:
+        assert (batch.subject_last - batch.tokens.starts >= batch.offset).all()
+        if batch.offset:
+            assert not batch.tokens.starts.any()
+        for row, place in enumerate(batch.place.tolist()):
+            kept = batch.tokens.ids[row][batch.tokens.mask[row]].tolist()
+            assert kept == whole.tokens.ids[place][whole.tokens.mask[place]].tolist()
+            assert batch.owner[row] == whole.owner[place]
+        run += batch.tokens.ids[:, batch.offset :].numel() + price
+    earliest = int((whole.subject_last - whole.tokens.starts).min())
+    assert run <= whole.tokens.ids[:, earliest:].numel() + price
