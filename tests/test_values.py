@@ -1,11 +1,13 @@
 """The value optimiser: cached prefixes against whole texts, and how texts are parted."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import make_hf_model, make_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
@@ -20,9 +22,7 @@ CONTEXTS = ["{}", "The man met a friend. {}", "Carla Moreau was seen by Ada Bell
 REQUESTS = [
     ad.EditRequest("{} plays the", "Ada Bellini", "cello"),
     ad.EditRequest("{} plays", "Ada", "the zither quartet"),
-    ad.EditRequest("In the town where the man met a friend, {} was", "Carla Moreau", "seen").rephrased(
-        "A friend of {}"
-    ),
+    ad.EditRequest("In town where the man met a friend, {} was", "Carla Moreau", "seen").rephrased("A friend of {}"),
 ]
 RESTRICTIONS: list[Restriction | None] = [
     None,
@@ -33,11 +33,11 @@ RESTRICTIONS: list[Restriction | None] = [
 
 
 @pytest.mark.parametrize("restrict", RESTRICTIONS, ids=["none", "sadr", "after_subject", "hidden_state"])
-@pytest.mark.parametrize("bos", [False, True])
 def test_cached_prefixes_change_nothing(
-    make_model: Make, architecture: str, bos: bool, restrict: Restriction | None, monkeypatch: pytest.MonkeyPatch
+    make_model: Make, architecture: str, restrict: Restriction | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests of unlike length, one whose subject is the first token, in several batches."""
+    bos = architecture in ("gptj", "llama")
     model = make_model(architecture, torch.float64, bos=bos)
     model.tokenizer.padding_side = "right"
     texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
@@ -58,15 +58,19 @@ def test_cached_prefixes_change_nothing(
             torch.testing.assert_close(a.history.selected, b.history.selected)
 
 
+@cache
+def shared() -> TransformerBridge:
+    return ad.load_model(make_hf_model("gpt2"), make_tokenizer(), device="cpu")
+
+
 @given(
-    st.lists(
-        st.sampled_from(["Ada", "Ada Bellini", "Carla Moreau", "The man", "The man in town"]), min_size=1, max_size=5
-    ),
+    st.lists(st.sampled_from(["Ada", "Ada Bellini", "Carla Moreau", "The man in town"]), min_size=1, max_size=5),
     st.lists(st.sampled_from(CONTEXTS[1:]), max_size=4),
     st.integers(0, 2000),
 )
 @settings(max_examples=30)
-def test_every_text_is_in_one_batch(small: TransformerBridge, subjects: list[str], more: list[str], price: int) -> None:
+def test_every_text_is_in_one_batch(subjects: list[str], more: list[str], price: int) -> None:
+    small = shared()
     contexts = ["{}", *more]
     texts = [request_texts(small, ad.EditRequest("{} plays the", s, "cello"), contexts) for s in subjects]
     with pytest.MonkeyPatch.context() as patch:
