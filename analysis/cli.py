@@ -212,16 +212,16 @@ def evidence_of_a_model(
     shown = [
         {
             "texts": task,
-            "unedited": cell["vanilla"],
-            "edited": cell["edited"],
-            "vanilla patterns": cell["patched_all_above"],
-            "recovered %": 100 * cell["recovered"]["mean"],
+            "unedited": f"{cell['vanilla']:.2f}",
+            "edited": f"{cell['edited']:.2f}",
+            "vanilla patterns": f"{cell['patched_all_above']:.2f}",
+            "recovered": f"{cell['recovered']['mean']:.0%}",
         }
         for task, cell in found.summary["patching"].items()
     ]
     import pandas as pd
 
-    table = pd.DataFrame(shown).round(2)
+    table = pd.DataFrame(shown)
     console.print(_table(table, escape(f"p(right) on texts of {len(given)} edits of {model}")))
     console.print(f"Everything else: {out / 'report.html'}, evidence.json, tables", markup=False, soft_wrap=True)
 

@@ -34,23 +34,22 @@ KINDS = ("previous_token", "duplicate_token", "induction", "copying")
 
 @dataclass(frozen=True)
 class Placebo:
-    """As many heads of each text as another rule selects at that step, but drawn at random, the same at every step.
+    """As many heads of each text as another rule selects at that step, but the first ones of a random order.
 
     Attributes:
+        seed: of the order, which is the same for all texts and steps: whole heads are held, as by a rule.
         rule: the rule.
-        seed: of the draw, which also depends on a text's place in the batch.
     """
 
+    seed: int
     rule: HeadRule = PAPERS_RULE
-    seed: int = 0
 
     def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
         n = self.rule(vanilla, edited, layers).sum((0, 2))
         n_layers, n_texts, n_heads, n_queries = edited.shape
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.rand(n_texts, n_queries, n_layers * n_heads, generator=generator)
-        rank = drawn.argsort(-1).argsort(-1).to(edited.device)
-        return (rank < n[..., None]).view(n_texts, n_queries, n_layers, n_heads).permute(2, 0, 3, 1)
+        order = torch.randperm(n_layers * n_heads, generator=torch.Generator().manual_seed(self.seed))
+        rank = order.to(edited.device).view(n_layers, 1, n_heads, 1)
+        return rank.expand(n_layers, n_texts, n_heads, n_queries) < n[None, :, None]
 
 
 def selected_heads(edits: Sequence[Edit]) -> pd.DataFrame:
@@ -202,7 +201,7 @@ def agreement(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
     Returns:
         A row per pair of tasks: ``first``, ``second``, ``spearman`` over heads of the drift averaged over cases, with
-        ``low`` and ``high`` (95 % percentiles of draws of whole cases); ``jaccard``, averaged over cases, of the heads
+        ``spearman_low`` and ``spearman_high`` (95 % percentiles of draws of whole cases); ``jaccard``, averaged over cases, of the heads
         selected on at least half of a case's texts, with ``jaccard_low``, ``jaccard_high`` and ``chance``; ``n`` cases.
     """
     tables = {task: _wide(texts, "drift") for task, texts in frame.groupby("task", sort=False)}
@@ -239,8 +238,8 @@ def _agreement(drifts: tuple[Table, Table], held: tuple[Table, Table], seed: int
     jaccard_low, jaccard_high = _percentiles(means)
     return {
         "spearman": _spearman(drift_1.sum(0), drift_2.sum(0)),
-        "low": low,
-        "high": high,
+        "spearman_low": low,
+        "spearman_high": high,
         "jaccard": _mean(per_case.tolist()),
         "jaccard_low": jaccard_low,
         "jaccard_high": jaccard_high,

@@ -23,14 +23,18 @@ from attn_drift.requests import SLOT, EditRequest, fill
 from attn_drift.restriction import SADR, AllHeads, HeadRule, LayerMax, Margin, Restriction, TopK
 
 RULES, WORDINGS, ALTERNATIVES = "rules", "wordings", "alternatives"
-LAYER_MAX, RANDOM = "layer_max", "random"
+LAYER_MAX = "layer_max"
 
-# Weights of SADR in units of the preset, of the hidden-state penalty, and other knobs in units of the preset.
+# Weights of SADR in units of the preset: of the paper's rule, of other rules and wordings, of random heads (weaker).
 GAMMAS = (0.1, 1.0, 10.0)
-WEIGHTS = (0.1, 1.0, 10.0)
-KL_FACTORS = (10.0, 100.0)
+FEWER_GAMMAS = (0.1, 1.0)
+RANDOM_GAMMAS = (1.0, 10.0)
+# Weights of the hidden-state penalty, and other knobs in units of the preset.
+WEIGHTS = (0.1, 1.0)
+KL_FACTORS = (10.0, 100.0, 1000.0)
 STEPS = (1 / 3, 1 / 6)
 CLAMPS = (5 / 8, 1 / 2)
+PLACEBOS = (0, 1)
 MARGIN = 0.1
 TOP_K = 4
 
@@ -72,17 +76,17 @@ def points(config: ROMEConfig, gamma: float, most_wordings: int) -> list[Point]:
 
 
 def _rules(config: ROMEConfig, gamma: float) -> Iterator[Point]:
-    rules: dict[str, HeadRule] = {
-        LAYER_MAX: LayerMax(),
-        "all": AllHeads(),
-        f"top {TOP_K}": TopK(TOP_K),
-        f"margin {MARGIN:g}": Margin(MARGIN),
-        RANDOM: Placebo(),
+    rules: dict[str, tuple[HeadRule, tuple[float, ...]]] = {
+        LAYER_MAX: (LayerMax(), GAMMAS),
+        "all": (AllHeads(), FEWER_GAMMAS),
+        f"top {TOP_K}": (TopK(TOP_K), FEWER_GAMMAS),
+        f"margin {MARGIN:g}": (Margin(MARGIN), FEWER_GAMMAS),
+        **{f"random {seed + 1}": (Placebo(seed), RANDOM_GAMMAS) for seed in PLACEBOS},
     }
-    for name, rule in rules.items():
+    for name, (rule, factors) in rules.items():
         # At weight 0 the rule does not matter, and the paper's is what is recorded.
         yield Point(RULES, name, 0.0, 1, config, SADR(gamma=0))
-        for factor in GAMMAS:
+        for factor in factors:
             weight = _rounded(factor * gamma)
             yield Point(RULES, name, weight, 1, config, SADR(gamma=weight, heads=rule))
 
@@ -93,7 +97,7 @@ def _wordings(config: ROMEConfig, gamma: float, most: int) -> Iterator[Point]:
     lines += [("3 wordings", 3, config), ("3 wordings, mean key", 3, mean)]
     for name, wordings, settings in lines:
         if wordings <= most:
-            for weight in (0.0, *(_rounded(factor * gamma) for factor in GAMMAS[:2])):
+            for weight in (0.0, *(_rounded(factor * gamma) for factor in FEWER_GAMMAS)):
                 yield Point(WORDINGS, name, weight, wordings, settings, SADR(gamma=weight))
 
 
@@ -108,7 +112,7 @@ def _alternatives(config: ROMEConfig, gamma: float) -> Iterator[Point]:
     for knob, factors in {"kl_factor": KL_FACTORS, "steps": STEPS, "clamp": CLAMPS}.items():
         own = getattr(config, knob)
         for factor in (1.0, *factors):
-            value = max(1, round(own * factor)) if knob == "steps" else _rounded(own * factor)
+            value = own if factor == 1 else max(1, round(own * factor)) if knob == "steps" else _rounded(own * factor)
             changed: dict[str, Any] = {knob: value}
             yield Point(ALTERNATIVES, knob, float(value), 1, replace(config, **changed), nothing)
 

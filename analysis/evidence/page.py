@@ -49,7 +49,7 @@ def _patching(found: Evidence) -> Section:
     bars = plots.metric_bars(table.rename(columns={"condition": "editor", "task": "metric"}))
     bars.update_layout(title="Probability of the right object", yaxis_title="p(right)")
     told = [_told(table[table["task"] == share["task"]], share) for share in records(recovered(found))]
-    checks = ", ".join(f"{row['check']} {row['deviation']:.0e}" for row in records(found.table("checks")))
+    checks = ", ".join(f"{row['check']} {row['deviation']:.1g}" for row in records(found.table("checks")))
     config = found.config
     asked = (
         f"{config['cases']['n']} facts of {config['model']['name']}, each edited alone by ROME at layer "
@@ -100,7 +100,7 @@ def _substitution(found: Evidence) -> Section:
     table = grouped_intervals(found.table("substitution"), ["task", "direction", "kind", "layer"], "p")
     table["panel"] = table["task"] + ": " + table["direction"].map(WAYS)
     table["line"] = table["kind"].map(STREAMS)
-    levels = conditions(found)
+    levels = conditions(found, set(found.table("substitution")["case"]))
     levels = levels[levels["condition"].isin(["vanilla", "edited"])].rename(columns={"condition": "line"})
     figure = plots.by_layer(table, table[["task", "panel"]].drop_duplicates().merge(levels, on="task"))
     figure.update_layout(title="Activations of the last token from the other run")
@@ -216,8 +216,8 @@ def _point(line: str, row: Row) -> dict[str, str]:
 
 def _rules(found: Evidence) -> Section:
     told = (
-        f"{found.config['studied']} facts. layer_max is the paper's rule; random holds as many heads as it would, but "
-        "others: the placebo. Rows “equal”: each line where its efficacy (p of the new object, mean of the edit's "
+        f"{found.config['studied']} facts. layer_max is the paper's rule; random holds as many heads as it would, "
+        "drawn at random: the placebo, twice. Rows “equal”: each line where its efficacy (p of the new object, mean of the edit's "
         f"prompt and of unused wordings) is that of layer_max at gamma {found.config['gamma']:g}, read off between "
         "points."
     )

@@ -1,5 +1,6 @@
 """``evidence.json``: the numbers of all studies, means with their 95 % intervals over cases."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,15 @@ def summarise(found: Evidence) -> dict[str, Any]:
     return plain
 
 
-def conditions(found: Evidence) -> pd.DataFrame:
-    """p(right) by task and condition, with intervals: `grouped_intervals`, the random draws of heads taken as one."""
-    return grouped_intervals(_pooled(found), ["task", "condition"], "p")
+def conditions(found: Evidence, cases: Collection[str] | None = None) -> pd.DataFrame:
+    """p(right) by task and condition, with intervals: `grouped_intervals`, the random draws of heads taken as one.
+
+    Args:
+        found: the evidence.
+        cases: of these cases only.
+    """
+    table = _pooled(found)
+    return grouped_intervals(table if cases is None else table[table["case"].isin(cases)], ["task", "condition"], "p")
 
 
 def _pooled(found: Evidence) -> pd.DataFrame:

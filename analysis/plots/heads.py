@@ -11,7 +11,7 @@ from analysis.plots.style import BAND, DIVERGING, SEQUENTIAL, TEMPLATE, check_ta
 
 PANELS_IN_A_ROW = 3
 PANEL = 270  # pixels, as are the next two
-GAP = 70
+GAP = 95
 MARGINS = 170
 
 
@@ -40,6 +40,7 @@ def by_layer(frame: pd.DataFrame, references: pd.DataFrame | None = None) -> go.
                 figure.add_scatter(
                     x=[*rows["layer"], *rows["layer"][::-1]],
                     y=[*rows["high"], *rows["low"][::-1]],
+                    mode="lines",
                     fill="toself",
                     fillcolor=faded(hues[line], BAND),
                     line_width=0,
@@ -163,7 +164,7 @@ def heads_by_step(frame: pd.DataFrame) -> go.Figure:
 def _grid(panels: list[object], height: int = PANEL) -> tuple[go.Figure, list[dict[str, int]]]:
     """Panels in rows, and the place of each."""
     n_rows = math.ceil(len(panels) / PANELS_IN_A_ROW)
-    n_columns = min(len(panels), PANELS_IN_A_ROW)
+    n_columns = math.ceil(len(panels) / n_rows)
     total = n_rows * (height + GAP) - GAP
     figure = make_subplots(
         rows=n_rows,

@@ -7,7 +7,18 @@ import pandas as pd
 
 DIVERGING = "RdBu"
 SEQUENTIAL = "Blues"
-COLOURS = ("#636363", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+COLOURS = (
+    "#636363",
+    "#d62728",
+    "#1f77b4",
+    "#2ca02c",
+    "#9467bd",
+    "#ff7f0e",
+    "#17becf",
+    "#8c564b",
+    "#e377c2",
+    "#bcbd22",
+)
 BAND = 0.15
 TEMPLATE = "simple_white"
 
