@@ -193,7 +193,7 @@ def evidence_of_a_model(
     out: Out,
     cases: Annotated[Path | None, typer.Option(help="A file as for bench; the demo model has its own world.")] = None,
     edits: Annotated[int, typer.Option(help="Number of facts to edit: the first that have all texts.")] = 24,
-    studied: Annotated[int, typer.Option(help="On how many of them sweeps, tracing and trade-offs run.")] = 12,
+    studied: Annotated[int, typer.Option(help="On how many of them sweeps, tracing and trade-offs run.")] = 10,
     seed: Seed = 0,
     skip_invalid: SkipInvalid = False,
     dtype: Dtype = "float32",

@@ -200,9 +200,10 @@ def agreement(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         seed: of the draws of cases.
 
     Returns:
-        A row per pair of tasks: ``first``, ``second``, ``spearman`` over heads of the drift averaged over cases, with
-        ``spearman_low`` and ``spearman_high`` (95 % percentiles of draws of whole cases); ``jaccard``, averaged over cases, of the heads
-        selected on at least half of a case's texts, with ``jaccard_low``, ``jaccard_high`` and ``chance``; ``n`` cases.
+        A row per pair of tasks: ``first``, ``second``; ``spearman`` over heads of the drift averaged over cases, with
+        ``spearman_low`` and ``spearman_high`` (95 % percentiles of draws of whole cases); ``jaccard``, averaged over
+        cases, of the heads selected on at least half of a case's texts, with ``jaccard_low``, ``jaccard_high`` and
+        ``chance``; ``n`` cases.
     """
     tables = {task: _wide(texts, "drift") for task, texts in frame.groupby("task", sort=False)}
     sets = {task: _wide(texts, "selected") >= SELECTED for task, texts in frame.groupby("task", sort=False)}

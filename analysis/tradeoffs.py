@@ -31,7 +31,7 @@ FEWER_GAMMAS = (0.1, 1.0)
 RANDOM_GAMMAS = (1.0, 10.0)
 # Weights of the hidden-state penalty, and other knobs in units of the preset.
 WEIGHTS = (0.1, 1.0)
-KL_FACTORS = (10.0, 100.0, 1000.0)
+KL_FACTORS = (100.0, 1000.0)
 STEPS = (1 / 3, 1 / 6)
 CLAMPS = (5 / 8, 1 / 2)
 PLACEBOS = (0, 1)

@@ -43,7 +43,7 @@ def evidence(
     cases: Sequence[Case],
     out: str | Path,
     *,
-    studied: int = 12,
+    studied: int = 10,
     wordings: Sequence[Sequence[str]] | None = None,
     seed: int = 0,
 ) -> Evidence:
