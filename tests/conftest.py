@@ -21,6 +21,7 @@ from small_models import ARCHITECTURES, make_hf_model, make_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
+from analysis.demo import Demonstration, demonstrate
 
 torch.set_num_threads(1)
 
@@ -71,3 +72,26 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def _demonstrations() -> dict[int, Demonstration]:
+    return {}
+
+
+@pytest.fixture
+def demonstration(_demonstrations: dict[int, Demonstration], demo: TransformerBridge) -> Callable[[int], Demonstration]:
+    """The demonstration with 24 edits, by seed, made once per seed and process."""
+
+    def of_seed(seed: int) -> Demonstration:
+        if seed not in _demonstrations:
+            _demonstrations[seed] = demonstrate(demo, seed=seed)
+        return _demonstrations[seed]
+
+    return of_seed
+
+
+@pytest.fixture
+def shown(demonstration: Callable[[int], Demonstration]) -> Demonstration:
+    """The demonstration of seed 0."""
+    return demonstration(0)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from analysis import cli
-from analysis.demo import REPHRASED, RESTRICTED, ROME, Demonstration, demonstrate
+from analysis.demo import REPHRASED, RESTRICTED, ROME, Demonstration
 from analysis.methods import NONE
 from analysis.report import Section, demo_sections, write_report
 from attn_drift.demo.train import TrainConfig, fact_accuracy, train
@@ -22,24 +23,6 @@ from attn_drift.models import demo_folder
 from attn_drift.rewriting import request_texts
 from attn_drift.sampling import sample_contexts
 
-
-@pytest.fixture(scope="session")
-def demonstrations() -> dict[int, Demonstration]:
-    return {}
-
-
-def demonstration(made: dict[int, Demonstration], model: TransformerBridge, seed: int) -> Demonstration:
-    """The demonstration with 24 edits, made once per seed and process."""
-    if seed not in made:
-        made[seed] = demonstrate(model, seed=seed)
-    return made[seed]
-
-
-@pytest.fixture
-def shown(demonstrations: dict[int, Demonstration], demo: TransformerBridge) -> Demonstration:
-    return demonstration(demonstrations, demo, 0)
-
-
 pytestmark = pytest.mark.xdist_group("demo")
 
 
@@ -48,11 +31,9 @@ pytestmark = pytest.mark.xdist_group("demo")
     "seed",
     [0, pytest.param(1, marks=pytest.mark.xdist_group("1")), pytest.param(2, marks=pytest.mark.xdist_group("2"))],
 )
-def test_the_failure_and_the_remedy(
-    demonstrations: dict[int, Demonstration], demo: TransformerBridge, seed: int
-) -> None:
+def test_the_failure_and_the_remedy(demonstration: Callable[[int], Demonstration], seed: int) -> None:
     """What the demonstration is for, at one gamma, on 24 edits."""
-    shown = demonstration(demonstrations, demo, seed)
+    shown = demonstration(seed)
     table = shown.table()
     none, rome, held, rephrased = (table.loc[name] for name in (NONE, ROME, RESTRICTED, REPHRASED))
     assert none[["NS", "DNS", "RS"]].min() >= 97

@@ -216,10 +216,10 @@ def _point(line: str, row: Row) -> dict[str, str]:
 
 def _rules(found: Evidence) -> Section:
     told = (
-        f"{found.config['studied']} facts. layer_max is the paper's rule; random holds as many heads as it would, drawn "
-        "once: the placebo. Rows “equal”: each line where its efficacy (p of the new object, mean of the edit's prompt "
-        f"and of unused wordings) is that of layer_max at gamma {found.config['gamma']:g}, read off between points; not "
-        "reached where it stays above, or is below from the start."
+        f"{found.config['studied']} facts. layer_max is the paper's rule; random holds as many heads as it would, but "
+        "drawn once: the placebo. Rows “equal”: each line where its efficacy (p of the new object, mean of the edit's "
+        f"prompt and of unused wordings) is that of layer_max at gamma {found.config['gamma']:g}, read off between "
+        "points; not reached where it stays above, or is below from the start."
     )
     return _study(found, RULES, "Which rule for heads", [told])
 

@@ -30,7 +30,7 @@ NAMES = {
 def summarise(found: Evidence) -> dict[str, Any]:
     """Everything as JSON takes it; what is not defined is null."""
     summary = {
-        **{key: found.config[key] for key in ("model", "cases", "studied", "gamma", "seed")},
+        **{key: found.config[key] for key in ("model", "cases", "studied", "wordings", "gamma", "seed")},
         "layer": found.config["config"]["layer"],
         "checks": found.table("checks").set_index("check")["deviation"].to_dict(),
         "patching": _patching(found),
