@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -194,13 +195,18 @@ def evidence_of_a_model(
     cases: Annotated[Path | None, typer.Option(help="A file as for bench; the demo model has its own world.")] = None,
     edits: Annotated[int, typer.Option(help="Number of facts to edit: the first that have all texts.")] = 24,
     studied: Annotated[int, typer.Option(help="On how many of them sweeps, tracing and trade-offs run.")] = 10,
+    layer: Annotated[int | None, typer.Option(help="The edited layer.", show_default="the model's preset")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Weight of SADR.", show_default="the model's preset")] = None,
     seed: Seed = 0,
     skip_invalid: SkipInvalid = False,
     dtype: Dtype = "float32",
     device: Device = None,
 ) -> None:
     """Why edits break other knowledge: patching, substitution, correlation, heads, and what else would help."""
+    from analysis.evidence import check_cases
+
     given, wordings = _evidence_cases(model, cases, edits, seed, skip_invalid)
+    check_cases(given, studied)
     from analysis.evidence.run import evidence
     from attn_drift.models import load_model
 
@@ -208,7 +214,10 @@ def evidence_of_a_model(
     precision = _precision(dtype)
     with console.status(f"loading {escape(model)}"):
         loaded = load_model(model, dtype=precision, device=device)
-    found = evidence(loaded, given, out, studied=studied, wordings=wordings, seed=seed)
+    from attn_drift.editors.rome import ROMEConfig
+
+    config = None if layer is None else replace(ROMEConfig.for_model(loaded), layer=layer)
+    found = evidence(loaded, given, out, studied=studied, wordings=wordings, config=config, gamma=gamma, seed=seed)
     shown = [
         {
             "texts": task,

@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.drift import attention_drift
 from analysis.interventions import Text, outcomes
-from analysis.statistics import PERMUTATIONS, PERMUTATIONS_AT_ONCE, RESAMPLES, RESAMPLES_AT_ONCE
+from analysis.statistics import PERMUTATIONS, PERMUTATIONS_AT_ONCE, RESAMPLES, RESAMPLES_AT_ONCE, percentiles
 from attn_drift.attention import capture_attention
 from attn_drift.edits import applied_to_rows
 from attn_drift.hooks import read, stream_point
@@ -199,12 +199,14 @@ def _correlate(
         defined = bool(np.isfinite(pair).all())
         row: dict[str, object] = {"task": task, "measure": name}
         row["pearson"] = float(pearsonr(*pair).statistic) if defined else np.nan
-        row["low"], row["high"] = _interval(pearson[:, 0, x])
+        row["low"], row["high"] = percentiles(pearson[:, 0, x])
         row["p"] = float(p[x])
         row["spearman"] = float(spearmanr(*pair).statistic) if defined else np.nan
-        row["spearman_low"], row["spearman_high"] = _interval(spearman[:, x])
+        row["spearman_low"], row["spearman_high"] = percentiles(spearman[:, x])
         row["partial"] = np.nan if z is None else float(_partial(exact, x, z)[0])
-        row["partial_low"], row["partial_high"] = (np.nan, np.nan) if z is None else _interval(_partial(pearson, x, z))
+        row["partial_low"], row["partial_high"] = (
+            (np.nan, np.nan) if z is None else percentiles(_partial(pearson, x, z))
+        )
         rows.append({**row, "n": len(values), "n_cases": int(case.max()) + 1})
     return rows
 
@@ -286,12 +288,3 @@ def _partial(correlations: Float[Array, "draw column column"], x: int, z: int) -
     xy, xz, yz = correlations[:, 0, x], correlations[:, x, z], correlations[:, 0, z]
     left = (1 - xz**2) * (1 - yz**2)
     return np.asarray((xy - xz * yz) / np.sqrt(np.where(left > ROUNDING, left, np.nan)))
-
-
-def _interval(values: Float[Array, " draw"]) -> tuple[float, float]:
-    """95 % percentiles of the draws in which there is a correlation."""
-    defined = values[np.isfinite(values)]
-    if not len(defined):
-        return np.nan, np.nan
-    low, high = np.quantile(defined, (0.025, 0.975))
-    return float(low), float(high)

@@ -30,15 +30,17 @@ def heads_of(model: TransformerBridge, layers: Collection[int]) -> set[Head]:
     return {(layer, head) for layer in layers for head in range(model.cfg.n_heads)}
 
 
-def random_heads(model: TransformerBridge, layers: Sequence[int], n: int, seed: int) -> set[Head]:
-    """``n`` heads of some layers, drawn from a seed: the placebo of a choice of as many.
+def random_heads(
+    model: TransformerBridge, layers: Sequence[int], n: int, seed: int, but: Collection[Head] = ()
+) -> set[Head]:
+    """``n`` heads of some layers, none of those in ``but``, drawn from a seed: the placebo of a choice of as many.
 
     Raises:
         ValueError: there are fewer.
     """
-    every = sorted(heads_of(model, layers))
+    every = sorted(heads_of(model, layers) - set(but))
     if n > len(every):
-        raise ValueError(f"{n} heads were asked for; the layers {list(layers)} have {len(every)}")
+        raise ValueError(f"{n} heads were asked for; the layers {list(layers)} have {len(every)} to draw from")
     return set(random.Random(seed).sample(every, n))
 
 

@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.drift import SubjectAttention, subject_attention
 from analysis.patching import Head
-from analysis.statistics import RESAMPLES
+from analysis.statistics import RESAMPLES, percentiles
 from attn_drift.attention import capture_attention
 from attn_drift.cases import Case, Task
 from attn_drift.edits import Edit
@@ -34,7 +34,7 @@ KINDS = ("previous_token", "duplicate_token", "induction", "copying")
 
 @dataclass(frozen=True)
 class Placebo:
-    """As many heads of each text as another rule selects at that step, but the first ones of a random order.
+    """Of each text as many heads as another rule selects at that step, but none of these: the first of a random order.
 
     Attributes:
         seed: of the order, which is the same for all texts and steps: whole heads are held, as by a rule.
@@ -45,11 +45,13 @@ class Placebo:
     rule: HeadRule = PAPERS_RULE
 
     def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
-        n = self.rule(vanilla, edited, layers).sum((0, 2))
+        chosen = self.rule(vanilla, edited, layers)
         n_layers, n_texts, n_heads, n_queries = edited.shape
         order = torch.randperm(n_layers * n_heads, generator=torch.Generator().manual_seed(self.seed))
-        rank = order.to(edited.device).view(n_layers, 1, n_heads, 1)
-        return rank.expand(n_layers, n_texts, n_heads, n_queries) < n[None, :, None]
+        place = order.to(edited.device).view(n_layers, 1, n_heads, 1) + n_layers * n_heads * chosen
+        flat = place.permute(1, 3, 0, 2).flatten(2)
+        rank = flat.argsort(-1).argsort(-1).view(n_texts, n_queries, n_layers, n_heads).permute(2, 0, 3, 1)
+        return (rank < chosen.sum((0, 2), keepdim=True)) & ~chosen
 
 
 def selected_heads(edits: Sequence[Edit]) -> pd.DataFrame:
@@ -149,10 +151,11 @@ def drifting(
         mean over the case's texts) and ``selected`` (share of these texts).
 
     Raises:
-        ValueError: a number of edits other than that of cases, an edit of the last layer only, or no text of a task.
+        ValueError: not one edit for each case, an edit of the last layer only, or no text of a task.
     """
-    if len(edits) != len(cases):
-        raise ValueError(f"{len(edits)} edits were given for {len(cases)} cases; expected one for each")
+    if len(edits) != len(cases) or not all(isinstance(edit, Edit) for edit in edits):
+        n = sum(isinstance(edit, Edit) for edit in edits)
+        raise ValueError(f"{n} edits were given for {len(cases)} cases; expected one for each")
     edited = max(min(edit.updates) for edit in edits)
     layers = range(edited + 1, model.cfg.n_layers)
     if not layers:
@@ -235,8 +238,8 @@ def _agreement(drifts: tuple[Table, Table], held: tuple[Table, Table], seed: int
     measured = np.isfinite(per_case)
     with np.errstate(invalid="ignore"):
         means = (often[:, measured] @ per_case[measured]) / often[:, measured].sum(1)
-    low, high = _percentiles(draws)
-    jaccard_low, jaccard_high = _percentiles(means)
+    low, high = percentiles(draws)
+    jaccard_low, jaccard_high = percentiles(means)
     return {
         "spearman": _spearman(drift_1.sum(0), drift_2.sum(0)),
         "spearman_low": low,
@@ -255,15 +258,6 @@ def _spearman(first: Table, second: Table) -> float:
     return float(spearmanr(first, second).statistic)
 
 
-def _percentiles(values: Sequence[float] | Table) -> tuple[float, float]:
-    finite = np.asarray(values, dtype=np.float64)
-    finite = finite[np.isfinite(finite)]
-    if not len(finite):
-        return np.nan, np.nan
-    low, high = np.quantile(finite, (0.025, 0.975))
-    return float(low), float(high)
-
-
 def head_kinds(model: TransformerBridge, texts: Sequence[str]) -> pd.DataFrame:
     """What kind of head each head is, in the unedited model.
 
@@ -280,18 +274,24 @@ def head_kinds(model: TransformerBridge, texts: Sequence[str]) -> pd.DataFrame:
     Raises:
         ValueError: no texts, or one that is too long for the model's context when told twice.
     """
+    doubled = told_twice(model, texts)
+    scores = {kind: detect_head(model, doubled, f"{kind}_head") for kind in KINDS[:3]}
+    scores["copying"] = _copying(model)
+    index = pd.MultiIndex.from_product([range(model.cfg.n_layers), range(model.cfg.n_heads)], names=["layer", "head"])
+    columns = {kind: score.flatten().double().cpu().numpy() for kind, score in scores.items()}
+    return pd.DataFrame(columns, index=index).reset_index()
+
+
+def told_twice(model: TransformerBridge, texts: Sequence[str]) -> list[str]:
+    """Each text twice in a row; raises a ValueError as `head_kinds` does."""
     doubled = [f"{text} {text}" for text in texts]
     if not doubled:
         raise ValueError("no texts were given; expected at least one")
     for text in doubled:
         n = model.to_tokens(text).shape[-1]
         if n >= model.cfg.n_ctx:
-            raise ValueError(f"told twice, a text has {n} tokens; the model's context has {model.cfg.n_ctx}")
-    scores = {kind: detect_head(model, doubled, f"{kind}_head") for kind in KINDS[:3]}
-    scores["copying"] = _copying(model)
-    index = pd.MultiIndex.from_product([range(model.cfg.n_layers), range(model.cfg.n_heads)], names=["layer", "head"])
-    columns = {kind: score.flatten().double().cpu().numpy() for kind, score in scores.items()}
-    return pd.DataFrame(columns, index=index).reset_index()
+            raise ValueError(f"told twice, a text has {n} tokens; the model's context has {model.cfg.n_ctx}: {text!r}")
+    return doubled
 
 
 def _copying(model: TransformerBridge) -> Tensor:

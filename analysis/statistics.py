@@ -122,6 +122,16 @@ def grouped_intervals(frame: pd.DataFrame, by: Sequence[str], column: str, seed:
     return pd.DataFrame(rows)
 
 
+def percentiles(values: Sequence[float] | Array) -> tuple[float, float]:
+    """The central 95 % of the draws that are defined; NaN where none is."""
+    defined = np.asarray(values, dtype=np.float64)
+    defined = defined[np.isfinite(defined)]
+    if not len(defined):
+        return np.nan, np.nan
+    low, high = np.quantile(defined, (0.025, 0.975))
+    return float(low), float(high)
+
+
 def pooled_half_width(per_text: Array) -> float | None:
     """1.96 standard errors of the mean of all texts; None for a single text."""
     if len(per_text) < 2:

@@ -16,16 +16,14 @@ from analysis.equal_efficacy import efficacy
 from analysis.methods import NONE
 from analysis.scores import Scores
 from analysis.selection import Placebo
-from attn_drift.cases import Case, Probe
 from attn_drift.editors.rome import ROMEConfig
 from attn_drift.hidden_state import HiddenState
-from attn_drift.requests import SLOT, EditRequest, fill
 from attn_drift.restriction import SADR, AllHeads, HeadRule, LayerMax, Margin, Restriction, TopK
 
 RULES, WORDINGS, ALTERNATIVES = "rules", "wordings", "alternatives"
 LAYER_MAX = "layer_max"
 
-# Weights of SADR in units of the preset: of the paper's rule, of other rules and wordings, of random heads (weaker).
+# Weights of SADR in units of the preset: of the paper's rule and wordings, of other rules, of random heads.
 GAMMAS = (0.1, 1.0, 10.0)
 FEWER_GAMMAS = (0.1, 1.0)
 RANDOM_GAMMAS = (1.0, 10.0)
@@ -34,7 +32,7 @@ WEIGHTS = (0.1, 1.0)
 KL_FACTORS = (100.0, 1000.0)
 STEPS = (1 / 3, 1 / 6)
 CLAMPS = (5 / 8, 1 / 2)
-PLACEBOS = (0, 1)
+PLACEBOS = (0, 1, 2)
 MARGIN = 0.1
 TOP_K = 4
 
@@ -87,24 +85,24 @@ def _rules(config: ROMEConfig, gamma: float) -> Iterator[Point]:
         # At weight 0 the rule does not matter, and the paper's is what is recorded.
         yield Point(RULES, name, 0.0, 1, config, SADR(gamma=0))
         for factor in factors:
-            weight = _rounded(factor * gamma)
+            weight = _times(factor, gamma)
             yield Point(RULES, name, weight, 1, config, SADR(gamma=weight, heads=rule))
 
 
 def _wordings(config: ROMEConfig, gamma: float, most: int) -> Iterator[Point]:
     mean = replace(config, keys="mean")
     lines = [("1 wording", 1, config), ("2 wordings", 2, config), ("2 wordings, mean key", 2, mean)]
-    lines += [("3 wordings", 3, config), ("3 wordings, mean key", 3, mean)]
+    lines += [("3 wordings", 3, config)]
     for name, wordings, settings in lines:
         if wordings <= most:
-            for weight in (0.0, *(_rounded(factor * gamma) for factor in FEWER_GAMMAS)):
+            for weight in (0.0, *(_times(factor, gamma) for factor in GAMMAS)):
                 yield Point(WORDINGS, name, weight, wordings, settings, SADR(gamma=weight))
 
 
 def _alternatives(config: ROMEConfig, gamma: float) -> Iterator[Point]:
     nothing = SADR(gamma=0)
     for factor in (0.0, *GAMMAS):
-        weight = _rounded(factor * gamma)
+        weight = _times(factor, gamma)
         yield Point(ALTERNATIVES, "SADR, gamma", weight, 1, config, SADR(gamma=weight))
     yield Point(ALTERNATIVES, "hidden state, weight", 0.0, 1, config, nothing)
     for weight in WEIGHTS:
@@ -112,40 +110,14 @@ def _alternatives(config: ROMEConfig, gamma: float) -> Iterator[Point]:
     for knob, factors in {"kl_factor": KL_FACTORS, "steps": STEPS, "clamp": CLAMPS}.items():
         own = getattr(config, knob)
         for factor in (1.0, *factors):
-            value = own if factor == 1 else max(1, round(own * factor)) if knob == "steps" else _rounded(own * factor)
+            value = max(1, round(own * factor)) if knob == "steps" else _times(factor, own)
             changed: dict[str, Any] = {knob: value}
             yield Point(ALTERNATIVES, knob, float(value), 1, replace(config, **changed), nothing)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
-
-
-def further_wordings(cases: Sequence[Case], most: int = 3) -> list[tuple[str, ...]]:
-    """Wordings of each case's question beyond the edit's own, from its paraphrases: all but one, at most ``most - 1``.
-
-    As many for every case; none where some case has but one paraphrase, or one whose subject is put otherwise.
-    """
-    found = []
-    for case in cases:
-        subject, paraphrases = case.request.subject, case.probes.get("PS", ())
-        templates = [text.text.replace(subject, SLOT) for text in paraphrases if text.text.count(subject) == 1]
-        templates = [template for template in templates if template.count("{") == template.count("}") == 1]
-        found.append(tuple(templates[: max(0, min(most - 1, len(paraphrases) - 1))]))
-    least = min(map(len, found))
-    return [templates[:least] for templates in found]
-
-
-def without_wordings(case: Case, templates: Sequence[str]) -> Case:
-    """The case without the paraphrases that an edit uses: they would measure what was trained."""
-    used = {fill(template, case.request.subject) for template in templates}
-    left: tuple[Probe, ...] = tuple(probe for probe in case.probes.get("PS", ()) if probe.text not in used)
-    return replace(case, probes={**case.probes, "PS": left}) if left else case
-
-
-def request(case: Case, templates: Sequence[str], wordings: int) -> EditRequest:
-    """The case's request in its first so many wordings."""
-    return case.request.rephrased(*templates[: wordings - 1]) if wordings > 1 else case.request
+def _times(factor: float, own: float) -> float:
+    """Rounded to be read, but for the setting itself."""
+    return own if factor == 1 else float(f"{factor * own:.3g}")
 
 
 Found = Sequence[tuple[Point, Outcome]]
@@ -172,17 +144,35 @@ def rows(found: Found, unedited: Outcome) -> pd.DataFrame:
 
 
 def row(outcome: Outcome) -> dict[str, Any]:
-    """Means and intervals of the scores, ``efficacy``, ``max_head``, and of the heads selected at the end ``n_heads``
-    per edit and their ``jaccard`` over pairs of edits beside ``chance``."""
+    """Of an arm: means and intervals of the scores, ``efficacy``, ``max_head``; of the heads selected at the end
+    ``n_heads`` per edit and their ``jaccard`` over pairs of edits beside ``chance``; and the probability of the new
+    object on paraphrases, ``p_prefixed`` (the edit's own prompt behind other words) and ``p_reworded`` (the others).
+    """
+    scores = outcome.scores
     result: dict[str, Any] = {}
     for task in TASKS:
-        if task in outcome.scores.tasks:
-            interval = outcome.scores.interval(task)
+        if task in scores.tasks:
+            interval = scores.interval(task)
             result |= {task: interval.mean, f"{task}_low": interval.low, f"{task}_high": interval.high}
-    result["efficacy"] = efficacy(outcome.scores)
-    result["max_head"] = outcome.max_head
     together = outcome.overlap or dict.fromkeys(("size", "jaccard", "chance"), np.nan)
-    return result | {"n_heads": together["size"], "jaccard": together["jaccard"], "chance": together["chance"]}
+    return {
+        **result,
+        "efficacy": efficacy(scores),
+        "max_head": outcome.max_head,
+        "n_heads": together["size"],
+        "jaccard": together["jaccard"],
+        "chance": together["chance"],
+        **_paraphrases(scores.frame),
+    }
+
+
+def _paraphrases(frame: pd.DataFrame) -> dict[str, float]:
+    question = frame[frame["task"] == "ES"].set_index("case")["text"]
+    asked = frame[frame["task"] == "PS"]
+    pairs = zip(asked["text"], asked["case"].map(question), strict=True)
+    prefixed = np.array([text.endswith(own) for text, own in pairs], dtype=bool)
+    p = asked["p_right"]
+    return {"p_prefixed": float(p[prefixed].mean()), "p_reworded": float(p[~prefixed].mean())}
 
 
 def heads(found: Found, unedited: Outcome) -> pd.DataFrame:

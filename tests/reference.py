@@ -136,7 +136,7 @@ def reference_rome(
 
     C = C + s.ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
     K = torch.stack(keys)
-    if len(prompts) == 1 or s.mean_key:
+    if len(prompts) == 1:
         u = C.inverse() @ K.mean(0)
         w = u / (u @ K[0])
     else:
@@ -146,7 +146,7 @@ def reference_rome(
             columns.append(own[0])
             if len(own) > 1:
                 columns.append(torch.stack(own).mean(0))
-        Ks = torch.stack(columns, 1)
+        Ks = K.mean(0)[:, None] if s.mean_key else torch.stack(columns, 1)
         gram = Ks.T @ C.inverse() @ Ks
         gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=C.dtype)
         w = C.inverse() @ Ks @ gram.inverse() @ torch.ones(len(gram), dtype=C.dtype)

@@ -56,7 +56,7 @@ def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KL_FACTORS", "CLAMPS"):
         monkeypatch.setattr(tradeoffs, name, ())
     monkeypatch.setattr(tradeoffs, "PLACEBOS", (0,))
-    monkeypatch.setattr(studies, "PLACEBOS", 1)
+    monkeypatch.setattr(studies, "DRAWS_OF_HEADS", 1)
     monkeypatch.setattr(studies, "TRACE_DRAWS", 1)
 
 
@@ -73,11 +73,11 @@ def test_every_architecture(make_model: Make, architecture: str, tmp_path: Path,
     summary = found.summary
     assert summary["patching"].keys() == {"DNS"}
     assert max(summary["checks"].values()) <= 1e-6
-    assert summary["wordings"] == 2 and summary["studied"] == 3
+    assert summary["wordings"]["n"] == 2 and summary["studied"] == 3
     table = found.table("tradeoffs")
     assert set(table["line"]) >= {"layer_max", "all", "random 1", "2 wordings", "hidden state, weight", "steps"}
     assert not any(line.startswith("3 wordings") for line in table["line"])
-    assert np.isfinite(table.drop(columns=["n_heads", "jaccard", "chance"]).select_dtypes("number")).all(axis=None)
+    assert np.isfinite(table.drop(columns=["n_heads", "jaccard", "chance", "p_prefixed"]).select_dtypes("number")).all(axis=None)
     # Nothing is left behind.
     assert not any(point.fwd_hooks for point in model.hook_points())
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -234,7 +234,7 @@ def test_the_command(tmp_path: Path, few_points: None, monkeypatch: pytest.Monke
         assert last == pytest.approx(vanilla[task, "vanilla"], abs=1e-6)
     assert {row["measure"] for row in summary["correlation"]} == set(correlation.MEASURES)
     assert summary["selection"][0].keys() >= {"rule", "gamma", "ES", "PS", "DNS", "RS", "n_heads"}
-    assert summary["wordings"] == 3
+    assert summary["wordings"]["n"] == 3
     result = CliRunner().invoke(cli.app, ["evidence", "--model", "gpt2", "--out", str(tmp_path)])
     assert result.exit_code == 1 and "give --cases FILE" in str(result.exception)
 

@@ -9,7 +9,7 @@ from small_models import make_hf_model, make_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift.editors.rome import constrained_direction, subject_keys
+from attn_drift.editors.rome import subject_keys
 from attn_drift.hooks import key_point, read
 from attn_drift.models import fingerprint, mlp_width
 from attn_drift.restriction import Restriction
@@ -222,7 +222,8 @@ def test_every_key_of_every_wording_gets_the_value(make_model: Make) -> None:
     request = ad.EditRequest(START, "Ada Bellini", "cello").rephrased(MIDDLE)
     texts = request_texts(model, request, CONTEXTS)
     keys = subject_keys(model, 1, texts)
-    w = constrained_direction(keys, texts, moment_of(model, 1).factored(0.0, keys.device))
+    config = ad.ROMEConfig(layer=1, steps=1, ridge=0.0)
+    w = ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment_of(model, 1)).updates[1].keys[0]
     own = [[i for i, t in enumerate(texts.rewriting) if t.wording == wording] for wording in (0, 1)]
     for rows in own:
         assert (w @ keys[rows[0]]).item() == pytest.approx(1, abs=1e-4)

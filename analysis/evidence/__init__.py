@@ -1,6 +1,23 @@
 """Why an edit breaks other knowledge: all studies on one model and its cases, in one folder."""
 
-from attn_drift.cases import Task
+from collections.abc import Sequence
 
-# The texts that every case must have.
+from attn_drift.cases import Case, Task
+
+# The texts that every case must have, and the number of cases below which nothing can be said.
 NEEDED: tuple[Task, ...] = ("ES", "PS", "DNS")
+LEAST_CASES = 3
+
+
+def check_cases(cases: Sequence[Case], studied: int) -> None:
+    """Raises a ValueError for too few cases, two of the same name, or one without the texts that are needed."""
+    if studied < LEAST_CASES:
+        raise ValueError(f"{studied} cases are to be studied; expected at least {LEAST_CASES}")
+    if len(cases) < LEAST_CASES:
+        raise ValueError(f"{len(cases)} cases were given; expected at least {LEAST_CASES}")
+    if len({case.case_id for case in cases}) < len(cases):
+        raise ValueError("several cases have the same case_id; expected each once")
+    for case in cases:
+        lacking = [task for task in NEEDED if not case.probes.get(task)]
+        if lacking:
+            raise ValueError(f"the case {case.case_id!r} has no texts of {lacking}; give cases that have, see `having`")

@@ -36,7 +36,13 @@ class Evidence:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """``evidence.json``."""
+        """``evidence.json``.
+
+        Raises:
+            FileNotFoundError: the run has not come to its end.
+        """
+        if not (self.folder / SUMMARY).is_file():
+            raise FileNotFoundError(f"{self.folder.absolute()} has no {SUMMARY} yet; run it again to its end")
         summary: dict[str, Any] = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
         return summary
 

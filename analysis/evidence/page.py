@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import plots
+from analysis.equal_efficacy import ENOUGH, REACHED
 from analysis.evidence.folder import Evidence
 from analysis.evidence.summary import HEALED, RANDOM, conditions, records, recovered
 from analysis.report import Section
@@ -29,7 +30,7 @@ def sections(found: Evidence) -> list[Section]:
         _correlation(found),
         _heads(found),
         _rules(found),
-        _wordings(found),
+        *_wordings(found),
         _alternatives(found),
     ]
 
@@ -54,7 +55,10 @@ def _patching(found: Evidence) -> Section:
     asked = (
         f"{config['cases']['n']} facts of {config['model']['name']}, each edited alone by ROME at layer "
         f"{config['config']['layer']}. Vanilla attention patterns are written into the edited run: what comes back was "
-        "lost because heads look elsewhere. Brackets, here and below: 95 % intervals from drawing cases."
+        "lost because heads look elsewhere; what only comes back with the outputs of attention was lost because of "
+        "what they read where they always looked. Brackets, here and below: 95 % intervals from drawing cases; of "
+        f"fewer than 15 cases they are too narrow. Single heads, substitution, tracing and the trade-offs are of the "
+        f"first {config['studied']} facts."
     )
     checked = f"What must change nothing, or everything (largest deviation of a probability): {checks}."
     return Section("Does the damage go through attention?", [asked, *told, checked], _wide(table), [bars])
@@ -65,9 +69,9 @@ def _told(table: pd.DataFrame, share: Row) -> str:
     return (
         f"{share['task']}: an edit takes p(right) from {p['vanilla']} to {p['edited']}. With the unedited model's "
         f"patterns in all heads above the edit it is {p[HEALED]}: {_cell(share, scale=100, digits=0)} % of the loss. "
-        f"Patterns of a quarter of these heads: those that drift most {p['drifting heads']}, drawn at random "
-        f"{p[RANDOM]}. With the outputs of attention, where heads look and what they read there: "
-        f"{p['attention outputs']}."
+        f"Patterns of a quarter of these heads: those that drift most on the edit's prompt {p['drifting heads']}, "
+        f"others drawn at random {p[RANDOM]}. With the outputs of attention, where heads look and what they read "
+        f"there: {p['attention outputs']}."
     )
 
 
@@ -175,9 +179,11 @@ def _heads(found: Evidence) -> Section:
 
 
 def _agree(row: Row) -> str:
+    if not math.isfinite(row["jaccard"]):
+        return f"{row['first']} and {row['second']}: Spearman {_cell(row, 'spearman')} over heads; none is selected."
     return (
         f"{row['first']} and {row['second']}: Spearman {_cell(row, 'spearman')} over heads; of the heads that the rule "
-        f"would select in a case {row['jaccard']:.0%} are shared (Jaccard; by chance {row['chance']:.0%})."
+        f"would select in a case a share of {_cell(row, 'jaccard')} is common (Jaccard; by chance {row['chance']:.2f})."
     )
 
 
@@ -193,13 +199,7 @@ def _points(points: pd.DataFrame, equal: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, str]] = []
     for line, own in points.groupby("line", sort=False):
         rows += [_point(str(line), row) for row in records(own)]
-        at = records(equal[equal["line"] == line])[0]
-        reached = not pd.isna(at["value"])
-        read = {"line": str(line), "value": f"{at['value']:.3g}" if reached else "", "efficacy": "equal"}
-        for task in TASKS:
-            if task in at:
-                read[task] = _cell(at, task, 100, 0) if reached else "not reached"
-        rows.append(read)
+        rows.append(_equal(str(line), records(equal[equal["line"] == line])[0]))
     return pd.DataFrame(rows).fillna("")
 
 
@@ -210,32 +210,67 @@ def _point(line: str, row: Row) -> dict[str, str]:
         "efficacy": f"{row['efficacy']:.2f}",
         **{task: _cell(row, task, 100, 0) for task in TASKS if task in row},
         "max head": f"{row['max_head']:.2f}",
-        "heads": "" if pd.isna(row["n_heads"]) else f"{row['n_heads']:.1f}",
+        "selected": "" if pd.isna(row["n_heads"]) else f"{row['n_heads']:.1f}",
     }
 
 
+def _equal(line: str, at: Row) -> dict[str, str]:
+    """What a line spares at equal efficacy, minus what the reference does."""
+    if at["state"] != REACHED:
+        return {"line": line, "efficacy": f"equal: {at['state']}"}
+    cells = {task: _signed(at, f"{task}_difference") for task in TASKS if task in at}
+    reached = "" if at["reached"] >= ENOUGH else f" in {at['reached']:.0%} of draws"
+    return {"line": line, "value": f"{at['value']:.3g}", "efficacy": f"equal{reached}", **cells}
+
+
+def _signed(row: Row, name: str) -> str:
+    text = _cell(row, name, 100, 0)
+    return text if text.startswith("-") or not text else f"+{text}"
+
+
 def _rules(found: Evidence) -> Section:
-    told = (
-        f"{found.config['studied']} facts. layer_max is the paper's rule; random holds as many heads as it would, but "
-        "drawn once: the placebo. Rows “equal”: each line where its efficacy (p of the new object, mean of the edit's "
-        f"prompt and of unused wordings) is that of layer_max at gamma {found.config['gamma']:g}, read off between "
-        "points; not reached where it stays above, or is below from the start."
-    )
-    return _study(found, RULES, "Which rule for heads", [told])
-
-
-def _wordings(found: Evidence) -> Section:
+    gamma = found.config["gamma"]
     told = [
-        "The number of texts per edit is the same. PS is on wordings that no edit used. The key of every wording is "
-        "mapped to the value, unless the line says mean key.",
+        "layer_max is the paper's rule. random holds as many heads of a text as it would, but none of those: the "
+        "placebo. selected: heads that the rule names at the last step; with value 0 nothing is held, and it is the "
+        "paper's rule.",
+        "Rows “equal”: DNS and RS of each line where its efficacy (p of the new object, averaged over the edit's "
+        f"prompt and PS) is that of layer_max at gamma {gamma:g}, read off between points, as differences from that.",
+    ]
+    return _study(found, RULES, "Which rule for heads", told)
+
+
+def _wordings(found: Evidence) -> list[Section]:
+    """None where the cases offer one wording only."""
+    gamma, table = found.config["gamma"], found.table("tradeoffs")
+    if found.config["wordings"]["n"] < 2:
+        return []
+    told = [
+        "The number of texts per edit is the same. PS leaves out the wordings that some edit uses. The keys of every "
+        "wording are mapped to the value; mean key: only their mean is.",
+        *_told_paraphrases(table[(table["study"] == WORDINGS) & table["value"].isin([0, gamma])]),
         *(f"Drift of ROME's edits by wording. {_agree(row)}" for row in records(found.table("wording_agreement"))),
     ]
     section = _study(found, WORDINGS, "How many wordings", told)
-    gamma, heads = found.config["gamma"], found.table("arm_heads")
+    heads = found.table("arm_heads")
     used = heads[(heads["study"] == WORDINGS) & (heads["value"] == gamma)].drop(columns="value")
     drifts = used[used["layer"] > found.config["config"]["layer"]].rename(columns={"drift": "value", "line": "panel"})
     figure = plots.head_map(drifts, f"Drift on DNS texts by head, gamma {gamma:g}", "drift")
-    return Section(section.title, section.paragraphs, section.table, [*section.figures, figure])
+    return [Section(section.title, section.paragraphs, section.table, [*section.figures, figure])]
+
+
+def _told_paraphrases(points: pd.DataFrame) -> list[str]:
+    """Where paraphrases are lost: where the edit's own prompt stands behind other words, or in other wordings."""
+    if points[["p_prefixed", "p_reworded"]].isna().any(axis=None):
+        return []
+    cells = [
+        f"{row['line']}, gamma {row['value']:g}: {row['p_prefixed']:.2f} and {row['p_reworded']:.2f}"
+        for row in records(points)
+    ]
+    return [
+        "PS has two kinds of texts. p of the new object where the edit's own prompt stands behind other words, and "
+        f"where the wording is another: {'; '.join(cells)}."
+    ]
 
 
 def _alternatives(found: Evidence) -> Section:

@@ -4,10 +4,9 @@ A folder holds ``config.json`` (what is run), ``edits/`` and ``arms/`` (what was
 from these, ``evidence.json`` and ``report.html``. Each is written as it is done: a run can be killed and resumed.
 """
 
-import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,27 @@ from transformer_lens.model_bridge import TransformerBridge
 from analysis import correlation, selection, tradeoffs
 from analysis.arms import Outcome, arm
 from analysis.equal_efficacy import at_equal_efficacy
-from analysis.evidence import NEEDED, studies
+from analysis.evidence import studies
 from analysis.evidence.folder import CONFIG, PAGE, SUMMARY, Evidence, table_path
 from analysis.evidence.page import sections
+from analysis.evidence.plan import Plan
 from analysis.evidence.studies import Edited
 from analysis.evidence.summary import summarise
 from analysis.methods import NONE, Supplies
 from analysis.report import write_report
 from analysis.tradeoffs import Point
-from attn_drift.cases import Case, Task
-from attn_drift.editors.presets import preset_gamma
+from attn_drift.cases import Case
 from attn_drift.editors.rome import ROMEConfig, rome
 from attn_drift.edits import Edit
 from attn_drift.files import alone_in, replacing
-from attn_drift.models import check_model, fingerprint
 from attn_drift.restriction import SADR
 
-LEAST_CASES = correlation.LEAST_CASES
+log = logging.getLogger(__name__)
+
+EDITS_AT_ONCE = 16
+
+# What may differ in `studies.checks`: rounding, in float32.
+ROUNDING = 1e-4
 
 
 def evidence(
@@ -45,6 +48,8 @@ def evidence(
     *,
     studied: int = 10,
     wordings: Sequence[Sequence[str]] | None = None,
+    config: ROMEConfig | None = None,
+    gamma: float | None = None,
     seed: int = 0,
 ) -> Evidence:
     """Edits every case with ROME and runs all studies; what the folder already holds of the same run is kept.
@@ -53,27 +58,24 @@ def evidence(
         model: the model.
         cases: with texts of ES, PS and DNS; RS texts are looked at where at least 3 of those studied have them.
         out: the folder.
-        studied: on how many cases, the first ones, the sweeps over heads and layers, causal tracing and the trade-offs
+        studied: on how many cases, the first ones, single heads, substitution, causal tracing and the trade-offs are
             run; the rest runs on all.
         wordings: per case templates of further wordings of its question, as many for each; taken from its paraphrases
-            when None. Paraphrases that they are equal to are not scored.
+            when None. Paraphrases that end in one of them are not scored.
+        config: ROME's settings; `ROMEConfig.for_model(model)` when None.
+        gamma: SADR's weight; the model's preset when None.
         seed: of contexts, noise, random heads and intervals.
 
     Raises:
-        ValueError: fewer than 3 cases, cases that lack texts, or a folder with another run; before the model runs.
-        RuntimeError: another process is writing to the folder.
+        ValueError: fewer than 3 cases, cases that lack texts, settings or texts that the model cannot take, or a folder
+            with another run; before anything is edited.
+        RuntimeError: another process is writing to the folder, or the model's heads cannot be written.
     """
-    out, cases = Path(out), tuple(cases)
-    check_model(model)
-    _check_cases(cases, studied)
-    templates = tradeoffs.further_wordings(cases) if wordings is None else [tuple(own) for own in wordings]
-    _check_wordings(cases, templates)
-    config = ROMEConfig.for_model(model)
-    gamma = preset_gamma("rome", model, config.layer)
-    identity = _identity(model, cases, studied, templates, config, gamma, seed)
+    out = Path(out)
+    plan = Plan.of(model, cases, studied, wordings, config, gamma, seed)
     with alone_in(out):
-        _write_config(out, identity)
-        _Run(model, cases, out, studied, templates, config, gamma, seed).everything()
+        _write_config(out, plan.identity(model))
+        _Run(model, plan, out).everything()
         return _written(Evidence(out))
 
 
@@ -84,50 +86,6 @@ def _written(found: Evidence) -> Evidence:
     title = f"Why edits of {found.config['model']['name']} break other knowledge"
     write_report(found.folder / PAGE, title, sections(found))
     return found
-
-
-def _check_cases(cases: Sequence[Case], studied: int) -> None:
-    if not studied >= LEAST_CASES:
-        raise ValueError(f"{studied} cases are to be studied; expected at least {LEAST_CASES}")
-    if len(cases) < LEAST_CASES:
-        raise ValueError(f"{len(cases)} cases were given; expected at least {LEAST_CASES}")
-    if len({case.case_id for case in cases}) < len(cases):
-        raise ValueError("several cases have the same case_id; expected each once")
-    for case in cases:
-        lacking = [task for task in NEEDED if not case.probes.get(task)]
-        if lacking:
-            raise ValueError(f"the case {case.case_id!r} has no texts of {lacking}; give cases that have, see `having`")
-
-
-def _check_wordings(cases: Sequence[Case], templates: Sequence[tuple[str, ...]]) -> None:
-    if len(templates) != len(cases) or len({len(own) for own in templates}) > 1:
-        raise ValueError(
-            f"wordings of {len(templates)} cases were given for {len(cases)}, {sorted({len(t) for t in templates})} "
-            "each; expected as many for every case"
-        )
-    for case, own in zip(cases, templates, strict=True):
-        case.request.rephrased(*own) if own else None  # names a bad template before anything runs
-
-
-def _identity(
-    model: TransformerBridge,
-    cases: Sequence[Case],
-    studied: int,
-    templates: Sequence[tuple[str, ...]],
-    config: ROMEConfig,
-    gamma: float,
-    seed: int,
-) -> dict[str, Any]:
-    """All that the results depend on, as JSON takes it."""
-    return {
-        "model": {"name": str(model.cfg.model_name), "fingerprint": fingerprint(model)},
-        "cases": {"n": len(cases), "sha256": hashlib.sha256(repr([*cases, *templates]).encode()).hexdigest()},
-        "studied": min(studied, len(cases)),
-        "wordings": 1 + len(templates[0]),
-        "config": json.loads(json.dumps(asdict(config))),
-        "gamma": gamma,
-        "seed": seed,
-    }
 
 
 def _write_config(out: Path, identity: dict[str, Any]) -> None:
@@ -145,43 +103,17 @@ def _write_config(out: Path, identity: dict[str, Any]) -> None:
 class _Run:
     """One run: every study once, unless the folder has it."""
 
-    def __init__(
-        self,
-        model: TransformerBridge,
-        cases: tuple[Case, ...],
-        out: Path,
-        studied: int,
-        templates: Sequence[tuple[str, ...]],
-        config: ROMEConfig,
-        gamma: float,
-        seed: int,
-    ) -> None:
-        self.model, self.cases, self.out, self.studied, self.seed = model, cases, out, studied, seed
-        self.templates, self.config, self.gamma = templates, config, gamma
-        self.supplies = Supplies(model, seed)
-        n_relation = sum(bool(case.probes.get("RS")) for case in cases[:studied])
-        self.tasks: tuple[Task, ...] = ("DNS", "RS") if n_relation >= LEAST_CASES else ("DNS",)
-        self.points = tradeoffs.points(config, gamma, 1 + len(templates[0]))
+    def __init__(self, model: TransformerBridge, plan: Plan, out: Path) -> None:
+        self.model, self.plan, self.out = model, plan, out
+        self.supplies = Supplies(model, plan.seed)
 
     def everything(self) -> None:
-        """Runs what is missing."""
-        arms = {point.arm: point for point in self.points}
-        named: dict[str, Callable[[], pd.DataFrame]] = {
-            "drift": lambda: selection.drifting(self.model, self.cases, self._edited.edits, ("ES", *self.tasks)),
-            "checks": lambda: studies.checks(self._few),
-            "patching": lambda: studies.patching(self._edited, self._table("drift")),
-            "patching_layers": lambda: studies.patching_layers(self._edited),
-            "patching_heads": lambda: studies.patching_heads(self._few),
-            "substitution": lambda: studies.substitution(self._few),
-            "tracing": lambda: studies.tracing(self._few),
-            "falls": lambda: correlation.measure(self.model, self._edited.texts),
-            "correlation": lambda: correlation.correlate(self._table("falls"), seed=self.seed),
-            "agreement": lambda: selection.agreement(self._table("drift"), self.seed),
-            "head_kinds": self._head_kinds,
-            "kinds": lambda: selection.kinds_of_drifting(self._table("drift"), self._table("head_kinds")),
-            "wording_heads": self._wording_heads,
-            "wording_agreement": lambda: selection.agreement(self._table("wording_heads"), self.seed),
-        }
+        """Runs what is missing, and makes the tables that follow from others."""
+        self.plan.check_fits(self.model, self.supplies.contexts(self.plan.config.context_lengths))
+        arms: dict[str, Point] = {}
+        for point in self.plan.points:
+            arms.setdefault(point.arm, point)
+        named = self._studies()
         with tqdm(total=len(named) + len(arms), desc="evidence", unit="study") as progress:
             for name, compute in named.items():
                 progress.set_postfix_str(name)
@@ -192,7 +124,24 @@ class _Run:
                 progress.set_postfix_str(f"{point.study}, {point.line} {point.value:g}")
                 self._outcome(point)
                 progress.update()
+        self._write_comparisons()
         self._write_tradeoffs()
+
+    def _studies(self) -> dict[str, Callable[[], pd.DataFrame]]:
+        plan, model = self.plan, self.model
+        own = [(case.request.prompt, *more) for case, more in zip(plan.few, plan.templates, strict=True)]
+        return {
+            "drift": lambda: selection.drifting(model, plan.cases, self._edited.edits, ("ES", *plan.tasks)),
+            "checks": self._checks,
+            "patching": lambda: studies.patching(self._edited, self._table("drift")),
+            "patching_layers": lambda: studies.patching_layers(self._edited),
+            "patching_heads": lambda: studies.patching_heads(self._few),
+            "substitution": lambda: studies.substitution(self._few),
+            "tracing": lambda: studies.tracing(self._few),
+            "falls": lambda: correlation.measure(model, self._edited.texts),
+            "head_kinds": lambda: selection.head_kinds(model, plan.facts),
+            "wording_heads": lambda: studies.wording_heads(self._few, own),
+        }
 
     def _table(self, name: str) -> pd.DataFrame:
         return pd.read_parquet(table_path(self.out, name))
@@ -204,34 +153,34 @@ class _Run:
     @cached_property
     def _edited(self) -> Edited:
         """All cases with their edits, from the folder if it has them."""
-        paths = [self.out / "edits" / f"{i:05d}.safetensors" for i in range(len(self.cases))]
-        if not all(path.is_file() for path in paths):
+        plan = self.plan
+        paths = [self.out / "edits" / f"{i:05d}.safetensors" for i in range(len(plan.cases))]
+        missing = [i for i, path in enumerate(paths) if not path.is_file()]
+        for start in range(0, len(missing), EDITS_AT_ONCE):
+            part = missing[start : start + EDITS_AT_ONCE]
             made = rome(
                 self.model,
-                [case.request for case in self.cases],
-                config=self.config,
-                contexts=self.supplies.contexts(self.config.context_lengths),
-                moment=self.supplies.moment(self.config.layer),
+                [plan.cases[i].request for i in part],
+                config=plan.config,
+                contexts=self.supplies.contexts(plan.config.context_lengths),
+                moment=self.supplies.moment(plan.config.layer),
                 restrict=SADR(gamma=0),
             )
-            for edit, path in zip(made, paths, strict=True):
-                edit.save(path)
+            for i, edit in zip(part, made, strict=True):
+                edit.save(paths[i])
         edits = tuple(Edit.load(path, self.model) for path in paths)
-        return Edited(self.model, self.cases, edits, self.tasks, self.config.layer, self.seed)
+        return Edited(self.model, plan.cases, edits, plan.tasks, plan.config.layer, plan.seed)
 
     @property
     def _few(self) -> Edited:
-        return self._edited.first(self.studied)
+        return self._edited.first(self.plan.studied)
 
-    def _head_kinds(self) -> pd.DataFrame:
-        few = self.cases[: self.studied]
-        texts = [f"{case.request.question} {case.request.target_true or case.request.target_new}." for case in few]
-        return selection.head_kinds(self.model, texts)
-
-    def _wording_heads(self) -> pd.DataFrame:
-        few = self._few
-        own = [case.request.wordings[0] for case in few.cases]
-        return studies.wording_heads(few, [(first, *more) for first, more in zip(own, self.templates, strict=False)])
+    def _checks(self) -> pd.DataFrame:
+        found = studies.checks(self._few)
+        for check, deviation in zip(found["check"], found["deviation"], strict=True):
+            if deviation > ROUNDING:
+                log.warning("p(right) deviates by %.1e in what must be exact: %s", deviation, check)
+        return found
 
     def _outcome(self, point: Point | None) -> Outcome:
         """A point's arm, from the folder if it has it; None is the unedited model."""
@@ -239,22 +188,30 @@ class _Run:
         held = Outcome.load(folder)
         if held is not None:
             return held
-        pairs = list(zip(self.cases, self.templates, strict=True))[: self.studied]
-        scored = [tradeoffs.without_wordings(case, templates) for case, templates in pairs]
+        plan = self.plan
         if point is None:
-            made = arm(self.supplies, scored, NONE, None, self.config)
+            made = arm(self.supplies, plan.scored, NONE, None, plan.config)
         else:
-            requests = [tradeoffs.request(case, templates, point.wordings) for case, templates in pairs]
-            made = arm(self.supplies, scored, point.line, requests, point.config, point.restrict)
-        outcome = Outcome.of(made, self.config.layer)
+            requests = plan.requests(point.wordings)
+            made = arm(self.supplies, plan.scored, point.line, requests, point.config, point.restrict)
+        outcome = Outcome.of(made, plan.config.layer)
         outcome.save(folder)
         return outcome
 
+    def _write_comparisons(self) -> None:
+        """The tables that compare heads and texts of others: cheap, and made anew each time."""
+        seed = self.plan.seed
+        self._write("correlation", correlation.correlate(self._table("falls"), seed=seed))
+        self._write("agreement", selection.agreement(self._table("drift"), seed))
+        self._write("kinds", selection.kinds_of_drifting(self._table("drift"), self._table("head_kinds")))
+        self._write("wording_agreement", selection.agreement(self._table("wording_heads"), seed))
+
     def _write_tradeoffs(self) -> None:
-        """The tables that are made from all arms."""
+        """The tables that compare arms."""
         unedited = self._outcome(None)
-        found = [(point, self._outcome(point)) for point in self.points]
+        found = [(point, self._outcome(point)) for point in self.plan.points]
         self._write("tradeoffs", tradeoffs.rows(found, unedited))
         self._write("arm_heads", tradeoffs.heads(found, unedited))
         self._write("selected", tradeoffs.steps(found))
-        self._write("equal_efficacy", at_equal_efficacy(*tradeoffs.lines(found, self.gamma), self.seed))
+        lines, reference = tradeoffs.lines(found, self.plan.gamma)
+        self._write("equal_efficacy", at_equal_efficacy(lines, reference, self.plan.seed))

@@ -27,9 +27,12 @@ ROMES_WINDOW = 10 / 48
 
 # Of the heads above the edit, how many count as those that drift most, and how often as many are drawn at random.
 TOP_SHARE = 0.25
-PLACEBOS = 3
+DRAWS_OF_HEADS = 5
 
 TRACE_DRAWS = 5
+
+# What the tables depend on beside the plan.
+CONSTANTS = ("PAPERS_WINDOW", "ROMES_WINDOW", "TOP_SHARE", "DRAWS_OF_HEADS", "TRACE_DRAWS")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,9 +73,12 @@ class Edited:
         return replace(self, cases=self.cases[:n], edits=self.edits[:n])
 
 
-def top_heads(drift: pd.DataFrame, tasks: Sequence[str]) -> set[Head]:
-    """The quarter of the heads above the edit that drifts most on the texts of some tasks (`drifting`)."""
-    mean = drift[drift["task"].isin(tasks)].groupby(["layer", "head"])["drift"].mean()
+def top_heads(drift: pd.DataFrame) -> set[Head]:
+    """The quarter of the heads above the edit that drifts most on the edit's own prompts (`drifting` on ES).
+
+    Other texts than those on which they are patched.
+    """
+    mean = drift[drift["task"] == "ES"].groupby(["layer", "head"])["drift"].mean()
     chosen = mean.nlargest(max(1, round(TOP_SHARE * len(mean))))
     return {(int(layer), int(head)) for layer, head in chosen.index}
 
@@ -82,27 +88,28 @@ def patching(edited: Edited, drift: pd.DataFrame) -> pd.DataFrame:
 
     ``vanilla`` and ``edited`` are the two runs. In the edited run vanilla patterns are written into all heads above the
     edit (``all heads above``), all their rows; only the rows of the last token (``last rows``); only the columns of the
-    subject (``subject columns``); into the quarter of the heads that drift most (``drifting heads``); into as many
-    drawn at random (``random heads 1`` and so on). ``subject knocked out``: no head above attends to the subject.
+    subject (``subject columns``); into the quarter of the heads that drift most on the edit's own prompts (``drifting
+    heads``); into as many others, drawn at random (``random heads 1`` and so on). ``subject knocked out``: no head
+    above attends to the subject from any token after it.
     ``attention outputs``: all that attention above the edit adds at the last token is vanilla, where heads look and
     what they read there; what it mends beyond ``last rows`` came through what is read, not through drift.
     """
     model, texts = edited.model, edited.texts
     vanilla = [text.unedited for text in texts]
     above = heads_of(model, edited.above)
-    top = top_heads(drift, edited.tasks)
+    top = top_heads(drift)
     conditions = {
         "vanilla": outcomes(model, vanilla),
         "edited": outcomes(model, texts),
         "all heads above": patch_attention(model, texts, vanilla, above),
         "last rows": patch_attention(model, texts, vanilla, above, queries="last"),
         "subject columns": patch_attention(model, texts, vanilla, above, keys="subject"),
-        "subject knocked out": knock_out(model, texts, above),
+        "subject knocked out": knock_out(model, texts, above, queries="all"),
         "attention outputs": substitute(model, texts, vanilla, "attn_out", edited.above),
         "drifting heads": patch_attention(model, texts, vanilla, top),
     }
-    for draw in range(PLACEBOS):
-        heads = random_heads(model, edited.above, len(top), edited.seed + draw)
+    for draw in range(DRAWS_OF_HEADS):
+        heads = random_heads(model, edited.above, len(top), edited.seed + draw, but=top)
         conditions[f"random heads {draw + 1}"] = patch_attention(model, texts, vanilla, heads)
     return _long(texts, conditions)
 

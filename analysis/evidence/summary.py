@@ -89,11 +89,15 @@ def _patching(found: Evidence) -> dict[str, Any]:
     layers = grouped_intervals(found.table("patching_layers"), ["task", "layer"], "p")
     heads = grouped_intervals(found.table("patching_heads"), ["task", "layer", "head"], "p")
     share = recovered(found).set_index("task")
+    table = found.table("patching")
+    random = table[table["condition"].str.startswith(RANDOM)]
+    draws = random.groupby(["task", "condition"], sort=False)["p"].mean()
     for task, rows in conditions(found).groupby("task", sort=False):
         named = [(NAMES[row["condition"]], row) for row in records(rows)]
         own_heads = heads[heads["task"] == task]
         result[str(task)] = {
             **{name: row["mean"] for name, row in named},
+            "patched_random_heads_draws": draws[task].tolist(),
             "intervals": {name: [row["low"], row["high"]] for name, row in named},
             "recovered": share.loc[task].to_dict(),
             "by_layer": {str(row.layer): row.mean for row in layers[layers["task"] == task].itertuples()},

@@ -51,8 +51,8 @@ class ROMEConfig(ValueConfig):
         layer: the edited layer.
         ridge: added to the second moment's diagonal, in units of its mean. 0 in the published presets; needed where
             the moment comes from little text.
-        keys: with several wordings, ``"constrained"``: the key of each wording is mapped to the value; ``"mean"``: the
-            mean key alone gives the direction, as with one wording.
+        keys: with several wordings, ``"constrained"``: the keys of each wording are mapped to the value; ``"mean"``:
+            only the mean of all keys is. With one wording ROME's own formula holds.
         context_lengths: of the contexts that are sampled when none are handed in, see `sample_contexts`.
     """
 
@@ -189,8 +189,12 @@ def _edits(
     edits = []
     for request, value in zip(texts, values, strict=True):
         keys = subject_keys(model, config.layer, request)
-        constrained = config.keys == "constrained" and len(request.request.wordings) > 1
-        weight = constrained_direction(keys, request, moment) if constrained else key_direction(keys, request, moment)
+        if len(request.request.wordings) == 1:
+            weight = key_direction(keys, request, moment)
+        elif config.keys == "constrained":
+            weight = constrained_direction(_wording_keys(keys, request), moment)
+        else:
+            weight = constrained_direction(keys.mean(0)[:, None], moment)
         update = LowRankUpdate(weight.to(value.delta.dtype).cpu()[None], value.delta.cpu()[None])
         edits.append(
             Edit(
@@ -223,11 +227,9 @@ def key_direction(
     return direction
 
 
-def constrained_direction(
-    keys: Float[Tensor, "text d_mlp"], texts: RequestTexts, moment: FactoredMoment
-) -> Float64[Tensor, " d_mlp"]:
-    """The direction ``w`` with ``w . k = 1`` for the keys of every wording (method.md, section 4b)."""
-    K = _wording_keys(keys.to(moment.factor), texts)
+def constrained_direction(keys: Float[Tensor, "d_mlp m"], moment: FactoredMoment) -> Float64[Tensor, " d_mlp"]:
+    """The direction ``w`` with ``w . k = 1`` for every column (method.md, section 4b)."""
+    K = keys.to(moment.factor)
     solved = moment.solve(K)
     gram = K.T @ solved
     gram += KEY_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -236,7 +238,7 @@ def constrained_direction(
     return direction
 
 
-def _wording_keys(keys: Float64[Tensor, "text d_mlp"], texts: RequestTexts) -> Float64[Tensor, "d_mlp m"]:
+def _wording_keys(keys: Float[Tensor, "text d_mlp"], texts: RequestTexts) -> Float[Tensor, "d_mlp m"]:
     """Of each wording the context-free key, and the mean of its keys where it has others."""
     columns = []
     for wording in range(len(texts.request.wordings)):
