@@ -227,6 +227,7 @@ def evidence_of_a_model(
             "recovered": f"{cell['recovered']['mean']:.0%}",
         }
         for task, cell in found.summary["patching"].items()
+        if task != "PS"
     ]
     import pandas as pd
 

@@ -99,7 +99,8 @@ def demonstrate(model: TransformerBridge, n: int = 24, gamma: float | None = Non
     wordings = [rephrased(world, case) for case in cases]
     plans: list[tuple[str, list[EditRequest] | None, SADR | None]] = [
         (NONE, None, None),
-        (ROME, plain, None),
+        # Nothing is restricted, but the heads that would be are recorded.
+        (ROME, plain, SADR(gamma=0.0)),
         (RESTRICTED, plain, restriction),
         (REPHRASED, wordings, restriction),
     ]

@@ -27,7 +27,14 @@ READ_OFF = (("DNS", "success"), ("RS", "success"), ("DNS", "p_right"), ("RS", "p
 
 
 def _sums(scores: Scores) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Sums and counts by case of what comparisons need."""
+    """Sums and counts by case of what comparisons need.
+
+    Raises:
+        ValueError: efficacy cannot be told, for want of ES or PS texts.
+    """
+    lacking = [task for task, _ in MADE_OF if task not in scores.tasks]
+    if lacking:
+        raise ValueError(f"the scores have no texts of {lacking}, which efficacy is made of; they have {scores.tasks}")
     measures = [(task, column) for task, column in (*MADE_OF, *READ_OFF) if task in scores.tasks]
     tables = [scores.per_case(task, column) for task, column in measures]
     sums = ("total", "count")

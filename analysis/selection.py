@@ -64,6 +64,8 @@ def selected_heads(edits: Sequence[Edit]) -> pd.DataFrame:
     Raises:
         ValueError: an edit without a record of selected heads: it was made without a restriction of heads.
     """
+    if not edits:
+        raise ValueError("no edits were given; expected at least one")
     parts = []
     for case, edit in enumerate(edits):
         if edit.history is None or edit.history.selected is None:
@@ -153,7 +155,7 @@ def drifting(
     Raises:
         ValueError: not one edit for each case, an edit of the last layer only, or no text of a task.
     """
-    if len(edits) != len(cases) or not all(isinstance(edit, Edit) for edit in edits):
+    if not cases or len(edits) != len(cases) or not all(isinstance(edit, Edit) for edit in edits):
         n = sum(isinstance(edit, Edit) for edit in edits)
         raise ValueError(f"{n} edits were given for {len(cases)} cases; expected one for each")
     edited = max(min(edit.updates) for edit in edits)
@@ -199,7 +201,8 @@ def agreement(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Do the same heads drift on the texts of different tasks?
 
     Args:
-        frame: from `drifting`; cases that lack one of two tasks are left out of that pair.
+        frame: from `drifting`; cases that lack one of two tasks are left out of that pair, pairs without
+            a case are left out.
         seed: of the draws of cases.
 
     Returns:
@@ -213,6 +216,8 @@ def agreement(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     rows = []
     for first, second in combinations(tables, 2):
         both = tables[first].index.intersection(tables[second].index, sort=False)
+        if both.empty:
+            continue
         drifts = tables[first].loc[both].to_numpy(), tables[second].loc[both].to_numpy()
         held = sets[first].loc[both].to_numpy(), sets[second].loc[both].to_numpy()
         rows.append({"first": first, "second": second, **_agreement(drifts, held, seed), "n": len(both)})
@@ -220,7 +225,7 @@ def agreement(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def _wide(texts: pd.DataFrame, column: str) -> pd.DataFrame:
-    return texts.pivot(index="case", columns=["layer", "head"], values=column)
+    return texts.pivot(index="case", columns=["layer", "head"], values=column).sort_index(axis=1)
 
 
 Table = NDArray[Any]

@@ -83,7 +83,7 @@ def _rules(config: ROMEConfig, gamma: float) -> Iterator[Point]:
     }
     for name, (rule, factors) in rules.items():
         # At weight 0 the rule does not matter, and the paper's is what is recorded.
-        yield Point(RULES, name, 0.0, 1, config, SADR(gamma=0))
+        yield Point(RULES, name, 0.0, 1, config, SADR(gamma=0.0))
         for factor in factors:
             weight = _times(factor, gamma)
             yield Point(RULES, name, weight, 1, config, SADR(gamma=weight, heads=rule))
@@ -100,7 +100,7 @@ def _wordings(config: ROMEConfig, gamma: float, most: int) -> Iterator[Point]:
 
 
 def _alternatives(config: ROMEConfig, gamma: float) -> Iterator[Point]:
-    nothing = SADR(gamma=0)
+    nothing = SADR(gamma=0.0)
     for factor in (0.0, *GAMMAS):
         weight = _times(factor, gamma)
         yield Point(ALTERNATIVES, "SADR, gamma", weight, 1, config, SADR(gamma=weight))

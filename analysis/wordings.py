@@ -20,7 +20,10 @@ def further_wordings(cases: Sequence[Case], most: int = 3) -> list[tuple[str, ..
     for case in cases:
         templates = [_template(probe.text, case.request.subject) for probe in case.probes.get("PS", ())]
         usable = dict.fromkeys(t for t in templates if t is not None and t != case.request.prompt)
-        found.append(tuple(usable)[: max(0, min(most, len(set(templates))) - 1)])
+        chosen = tuple(usable)[: max(0, most - 1)]
+        while chosen and not _left(case, chosen):
+            chosen = chosen[:-1]
+        found.append(chosen)
     least = min(map(len, found))
     return [templates[:least] for templates in found]
 
@@ -40,14 +43,18 @@ def without_wordings(case: Case, templates: Sequence[str]) -> Case:
     Raises:
         ValueError: none is left.
     """
-    used = tuple(fill(template, case.request.subject) for template in templates)
-    left: tuple[Probe, ...] = tuple(probe for probe in case.probes["PS"] if not (used and probe.text.endswith(used)))
+    left = _left(case, templates)
     if not left:
         raise ValueError(
-            f"the case {case.case_id!r} has no paraphrase but those that its edits shall use, {list(used)}; give fewer "
-            "wordings, or a case with more paraphrases"
+            f"the case {case.case_id!r} has no paraphrase but those that its edits shall use, {list(templates)}; give "
+            "fewer wordings, or a case with more paraphrases"
         )
     return replace(case, probes={**case.probes, "PS": left})
+
+
+def _left(case: Case, templates: Sequence[str]) -> tuple[Probe, ...]:
+    used = tuple(fill(template, case.request.subject) for template in templates)
+    return tuple(probe for probe in case.probes["PS"] if not (used and probe.text.endswith(used)))
 
 
 def worded(case: Case, templates: Sequence[str], n: int) -> EditRequest:

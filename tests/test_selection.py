@@ -63,23 +63,22 @@ def chosen(selected: Tensor, text: int, query: int) -> set[tuple[int, int]]:
     st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3)),
     st.integers(0, 5),
 )
-def test_placebo_holds_as_many_heads_in_one_order(
+def test_placebo_holds_as_many_other_heads_in_one_order(
     seed: int, rule: HeadRule, shape: tuple[int, int, int, int], own: int
 ) -> None:
+    """As many as the rule's, as far as there are others; those that come first in one order of all heads."""
     n_layers, n_texts, n_heads, n_queries = shape
-    sets = []
+    order = torch.randperm(n_layers * n_heads, generator=torch.Generator().manual_seed(own)).view(n_layers, n_heads)
     for call in range(2):  # two steps, of other texts
         vanilla, edited = attention(seed + call, n_layers, n_texts + call, n_heads, n_queries)
         layers = list(range(1, n_layers + 1))
         held, wrapped = Placebo(own, rule)(vanilla, edited, layers), rule(vanilla, edited, layers)
         assert held.dtype == torch.bool and held.shape == edited.shape
         for text, query in itertools.product(range(n_texts + call), range(n_queries)):
-            mine = chosen(held, text, query)
-            assert len(mine) == len(chosen(wrapped, text, query))
-            sets.append(mine)
-    # One order: of any two sets, the smaller is the beginning of the other.
-    for a, b in itertools.combinations(sets, 2):
-        assert a <= b or b <= a
+            mine, theirs = chosen(held, text, query), chosen(wrapped, text, query)
+            others = set(itertools.product(range(n_layers), range(n_heads))) - theirs
+            in_order = sorted(others, key=lambda place: int(order[place]))
+            assert mine == set(in_order[: len(theirs)])
 
 
 def test_placebo_of_another_seed_holds_other_heads() -> None:
@@ -88,10 +87,9 @@ def test_placebo_of_another_seed_holds_other_heads() -> None:
     sets = [frozenset(chosen(one, 0, 0)) for one in held]
     assert {len(one) for one in sets} == {6} and len(set(sets)) == 6
     assert torch.equal(held[2], Placebo(2, TopK(6))(vanilla, edited, [0, 1, 2]))
-    # Every head is held by some seed: the order is no preference of one layer.
+    # Every head but the rule's is held by some seed: the order is no preference of one layer.
     union = set().union(*(chosen(Placebo(seed, TopK(6))(vanilla, edited, [0, 1, 2]), 0, 0) for seed in range(40)))
-    assert len(union) == 24
-    assert chosen(held[0], 0, 0) != chosen(TopK(6)(vanilla, edited, [0, 1, 2]), 0, 0)
+    assert len(union) == 18 and not union & chosen(TopK(6)(vanilla, edited, [0, 1, 2]), 0, 0)
 
 
 def test_placebo_leaves_the_global_generator_alone() -> None:
@@ -430,9 +428,6 @@ def test_tied_heads_share_a_rank() -> None:
 
 
 @pytest.mark.usefixtures("few_draws")
-@pytest.mark.xfail(
-    strict=True, reason="_wide: pivot leaves the heads in order of appearance, which tasks may not share"
-)
 def test_agreement_does_not_depend_on_the_order_of_rows() -> None:
     frame = made_up(0)
     shuffled = frame.sample(frac=1, random_state=1)
@@ -482,11 +477,9 @@ def test_agreement_where_nothing_can_be_said() -> None:
     assert agreement(frame[frame["task"] == "ES"]).empty
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="two tasks that share no case: 1 / 0 in _agreement")
-def test_agreement_of_tasks_without_a_common_case() -> None:
+def test_tasks_without_a_common_case_are_not_compared() -> None:
     table = agreement(made_up(0, n_cases=2, lacking=((0, "ES"), (1, "DNS"))))
-    row = table.set_index(["first", "second"]).loc[("ES", "DNS")]
-    assert row["n"] == 0 and row.drop("n").isna().all()
+    assert ("ES", "DNS") not in set(zip(table["first"], table["second"], strict=True)) and len(table) == 2
 
 
 # ---- kinds of heads

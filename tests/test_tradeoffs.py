@@ -1,4 +1,4 @@
-"""Points of the trade-offs, wordings, what is read off at equal efficacy, outcomes on disk, intervals by group."""
+"""Points of the trade-offs, what is read off at equal efficacy, outcomes on disk, intervals by group."""
 
 import itertools
 import math
@@ -19,8 +19,7 @@ from analysis.arms import Outcome
 from analysis.equal_efficacy import at_equal_efficacy, efficacy
 from analysis.scores import Scores
 from analysis.statistics import bootstrap, grouped_intervals
-from analysis.tradeoffs import Point, further_wordings, points, request, without_wordings
-from attn_drift.cases import Case, Probe
+from analysis.tradeoffs import Point, points
 from attn_drift.hidden_state import HiddenState
 from attn_drift.restriction import SADR
 
@@ -74,14 +73,11 @@ def test_every_line_starts_at_the_editor_as_it_is() -> None:
 def test_rules_hold_their_own_heads() -> None:
     lines = by_line(points(CONFIG, 0.01, 1))
     rules = [name for study, name in lines if study == "rules"]
-    assert rules == ["layer_max", "all", "top 4", "margin 0.1", "random 1", "random 2"]
+    assert rules == ["layer_max", "all", "top 4", "margin 0.1", "random 1", "random 2", "random 3"]
     held = {str(p.restrict.heads) for name in rules for p in lines["rules", name][1:] if isinstance(p.restrict, SADR)}
-    assert len(held) == 6
+    assert len(held) == 7
     gammas = [p.value for p in lines["rules", "layer_max"]]
     assert gammas == [0.0, 0.001, 0.01, 0.1]
-
-
-XFAIL_ZERO = "SADR(gamma=0) and SADR(gamma=0.0) are the same edits under two names: repr tells 0 from 0.0"
 
 
 @pytest.mark.parametrize("gamma", [0.01, 0.0023])
@@ -94,14 +90,12 @@ def test_points_of_one_arm_make_the_same_edits(gamma: float) -> None:
             assert made_by(a) != made_by(b)
 
 
-@pytest.mark.xfail(strict=True, reason=XFAIL_ZERO)
 def test_the_same_edits_have_one_arm() -> None:
     found = points(CONFIG, 0.01, 3)
     for a, b in itertools.combinations(found, 2):
         assert (a.arm == b.arm) == (made_by(a) == made_by(b)), (a, b)
 
 
-@pytest.mark.xfail(strict=True, reason=XFAIL_ZERO)
 def test_lines_that_start_at_the_editor_share_their_first_arm() -> None:
     lines = by_line(points(CONFIG, 0.01, 3))
     first = {line: places[0] for line, places in lines.items() if places[0].wordings == 1}
@@ -119,8 +113,8 @@ def test_arms_are_the_same_in_another_process_and_of_another_editor_others() -> 
 def test_no_more_wordings_than_there_are(most: int) -> None:
     found = points(CONFIG, 0.01, most)
     assert {p.wordings for p in found} == set(range(1, most + 1))
-    expected = ["1 wording", "2 wordings", "2 wordings, mean key", "3 wordings", "3 wordings, mean key"]
-    assert [line for study, line in by_line(found) if study == "wordings"] == expected[: 2 * most - 1]
+    expected = ["1 wording", "2 wordings", "2 wordings, mean key", "3 wordings"][: (1, 3, 4)[most - 1]]
+    assert [line for study, line in by_line(found) if study == "wordings"] == expected
     fewer = [p for p in points(CONFIG, 0.01, 3) if p.wordings <= most]
     assert found == fewer
 
@@ -140,95 +134,10 @@ def test_the_reference_of_the_lines() -> None:
     ]
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="points rounds weights to three digits, lines asks for gamma")
 def test_the_reference_of_a_weight_with_many_digits() -> None:
     outcome = outcome_of(table({"ES": [[0.1]], "PS": [[0.5]]}))
     found = [(point, outcome) for point in points(CONFIG, 0.012345, 1)]
     assert tradeoffs.lines(found, 0.012345)[1] is outcome.scores
-
-
-# ---- wordings
-
-
-def case(subject: str, *paraphrases: str) -> Case:
-    edit = ad.EditRequest("{} plays the", subject, "cello", "piano")
-    probes = {"ES": (Probe(edit.question, "cello", "piano"),)}
-    if paraphrases:
-        probes["PS"] = tuple(Probe(text, "cello", "piano") for text in paraphrases)
-    return Case(subject, edit, probes)
-
-
-def test_wordings_are_all_paraphrases_but_one() -> None:
-    four = case("Ada", "Ada, who plays", "In town Ada plays", "I heard Ada play", "The music of Ada:")
-    assert further_wordings([four]) == [("{}, who plays", "In town {} plays")]
-    assert further_wordings([four], most=2) == [("{}, who plays",)]
-    assert further_wordings([four], most=1) == [()]
-    assert further_wordings([four], most=9) == [("{}, who plays", "In town {} plays", "I heard {} play")]
-    two = case("Bob", "Bob, who plays", "The music of Bob:")
-    assert further_wordings([two]) == [("{}, who plays",)]
-    # As many for every case.
-    assert further_wordings([four, two]) == [("{}, who plays",), ("{}, who plays",)]
-
-
-@pytest.mark.parametrize("poor", [case("Bob"), case("Bob", "Bob, who plays"), case("Bob", "He plays", "She plays")])
-def test_no_wordings_where_a_case_has_none_to_spare(poor: Case) -> None:
-    rich = case("Ada", "Ada, who plays", "In town Ada plays", "I heard Ada play")
-    assert further_wordings([rich, poor]) == [(), ()] and further_wordings([poor]) == [()]
-
-
-def test_paraphrases_that_make_no_template_are_passed_over() -> None:
-    twice = case("Ada", "Ada? Ada plays", "In town Ada plays", "I heard Ada play")
-    assert further_wordings([twice]) == [("In town {} plays", "I heard {} play")]
-    braces = case("Ada", "{x} Ada plays", "} Ada plays", "a {} Ada plays", "In town Ada plays")
-    assert further_wordings([braces]) == [("In town {} plays",)]
-    otherwise = case("Ada", "Her cello", "In town Ada plays", "I heard Ada play", "Ada:")
-    assert further_wordings([otherwise]) == [("In town {} plays", "I heard {} play")]
-    # A subject with a brace is filled in again as it was.
-    odd = case("A{da", "In town A{da plays", "I heard A{da play")
-    (templates,) = further_wordings([odd])
-    assert ad.EditRequest(templates[0], "A{da", "cello").question == "In town A{da plays"
-
-
-WORDS = st.sampled_from(["Ada", "plays", "{", "}", "{}", "in", "town", "{x}"])
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.lists(WORDS, min_size=1, max_size=5).map(" ".join), max_size=5, unique=True), st.integers(1, 4))
-def test_wordings_of_any_paraphrases(texts: list[str], most: int) -> None:
-    """An edit can be made of them, each was a paraphrase, and a paraphrase is left to be scored."""
-    made = case("Ada", *texts)
-    (templates,) = further_wordings([made], most)
-    asked = request(made, templates, 1 + len(templates))
-    assert asked.wordings == ("{} plays the", *templates) and len(templates) <= most - 1
-    used = [template.replace("{}", "Ada") for template in templates]
-    assert set(used) <= set(texts) and (not texts or len(used) < len(texts))
-    left = [probe.text for probe in without_wordings(made, templates).probes.get("PS", ())]
-    assert left == [text for text in texts if text not in used] and (left or not texts)
-
-
-def test_a_case_without_its_wordings() -> None:
-    made = case("Ada", "Ada, who plays", "In town Ada plays", "I heard Ada play")
-    left = without_wordings(made, ["In town {} plays"])
-    assert [probe.text for probe in left.probes["PS"]] == ["Ada, who plays", "I heard Ada play"]
-    assert left.probes["ES"] == made.probes["ES"] and left.request == made.request
-    assert len(made.probes["PS"]) == 3
-    assert without_wordings(made, []) == made and without_wordings(made, ["elsewhere {}"]) == made
-
-
-@pytest.mark.xfail(strict=True, reason="paraphrases that are alike: the edit's wording is what PS measures")
-def test_paraphrases_that_are_alike() -> None:
-    made = case("Ada", "In town Ada plays", "In town Ada plays")
-    (templates,) = further_wordings([made])
-    used = {template.replace("{}", "Ada") for template in templates}
-    assert not used & {probe.text for probe in without_wordings(made, templates).probes["PS"]}
-
-
-def test_a_request_in_so_many_wordings() -> None:
-    made, templates = case("Ada"), ("In town {} plays", "I heard {} play")
-    assert request(made, templates, 1) is made.request
-    assert request(made, templates, 2).wordings == ("{} plays the", "In town {} plays")
-    assert request(made, templates, 3).wordings == ("{} plays the", "In town {} plays", "I heard {} play")
-    assert made.request.rephrasings == ()
 
 
 # ---- at equal efficacy
@@ -263,14 +172,10 @@ def test_efficacy_is_the_mean_over_tasks() -> None:
     assert efficacy(scores) == pytest.approx((0.5 + 0.8) / 2)
 
 
-@pytest.mark.xfail(strict=True, reason="without PS (or ES) the next column, DNS success, is taken for it")
-def test_efficacy_of_cases_without_paraphrases() -> None:
+def test_no_efficacy_without_paraphrases() -> None:
     scores = table({"ES": [[0.8], [0.8]], "DNS": [[0.1], [0.1]], "RS": [[0.1], [0.1]]})
-    try:
-        found = efficacy(scores)
-    except (KeyError, ValueError):  # to refuse would be right as well
-        return
-    assert found == pytest.approx(0.8)
+    with pytest.raises(ValueError, match=r"no texts of \['PS'\], which efficacy is made of"):
+        efficacy(scores)
 
 
 LINE = ("s", "l")
@@ -291,7 +196,7 @@ def test_a_crossing_between_two_points_by_hand() -> None:
     """Efficacies 0.9, 0.7 and 0.4; 0.6 lies at a third of the way from the second to the third."""
     reference = arm_of(0.6, 0.6, 0.125, 0.5)
     row = read([(0.0, START), (1.0, MIDDLE), (10.0, END)], reference)
-    assert list(row) == ["study", "line", "value", "reached", *COLUMNS]
+    assert list(row) == ["study", "line", "state", "value", "reached", *COLUMNS]
     assert (row["study"], row["line"], row["reached"]) == (*LINE, 1.0)
     assert row["value"] == pytest.approx(1 + 9 / 3)
     expected = {
@@ -321,6 +226,7 @@ def test_an_exact_hit_at_a_point() -> None:
 def test_a_line_that_never_reaches_or_starts_below(reference: Scores) -> None:
     row = read([(0.0, START), (1.0, MIDDLE), (10.0, END)], reference)
     assert row["reached"] == 0 and math.isnan(row["value"])
+    assert row["state"] == ("stays above" if efficacy(reference) < 0.5 else "starts below")
     assert all(math.isnan(row[name]) for name in COLUMNS)
 
 
@@ -339,7 +245,6 @@ def test_the_first_of_two_crossings() -> None:
     assert row["value"] == pytest.approx(0.5)
 
 
-@pytest.mark.xfail(strict=True, reason="a line that starts below is read off where it comes down after it rose")
 def test_a_line_that_starts_below_and_rises() -> None:
     row = read([(0.0, END), (1.0, START), (2.0, END)], arm_of(0.65, 0.65, 0.0, 0.0))
     assert math.isnan(row["value"])
@@ -385,7 +290,7 @@ def test_what_is_read_off_lies_between_neighbours(seed: int, levels: list[float]
     own = [(mean_of(arm, "ES", "p_right") + mean_of(arm, "PS", "p_right")) / 2 for arm in arms]
     wanted = (mean_of(reference, "ES", "p_right") + mean_of(reference, "PS", "p_right")) / 2
     assert efficacy(reference) == pytest.approx(wanted)
-    assume(own[0] >= wanted)  # else: xfail above
+    assume(own[0] >= wanted)
     row = read(places, reference)
     below = [i for i, value in enumerate(own) if value <= wanted]
     if not below:
@@ -399,7 +304,8 @@ def test_what_is_read_off_lies_between_neighbours(seed: int, levels: list[float]
         assert min(ends) - 1e-9 <= row[name] <= max(ends) + 1e-9
         assert row[name] == pytest.approx((1 - part) * ends[0] + part * ends[1], abs=1e-6)
         assert row[f"{name}_difference"] == pytest.approx(row[name] - mean_of(reference, task, column), abs=1e-9)
-        assert row[f"{name}_low"] <= row[f"{name}_high"]
+        known = row["reached"] >= 0.95
+        assert row[f"{name}_low"] <= row[f"{name}_high"] if known else math.isnan(row[f"{name}_low"])
     assert 0 < row["reached"] <= 1
 
 

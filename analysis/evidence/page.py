@@ -66,12 +66,18 @@ def _patching(found: Evidence) -> Section:
 
 def _told(table: pd.DataFrame, share: Row) -> str:
     p = {row["condition"]: f"{row['mean']:.2f}" for row in records(table)}
+    back = _cell(share, scale=100, digits=0)
+    if share["task"] == "PS":
+        return (
+            f"The edit itself, on its paraphrases (PS): p of the new object rises from {p['vanilla']} to {p['edited']}. "
+            f"With the unedited model's patterns it is {p[HEALED]}: {back} % of the edit is undone. An edit that acts "
+            "through where heads look is undone by what mends its damage."
+        )
     return (
         f"{share['task']}: an edit takes p(right) from {p['vanilla']} to {p['edited']}. With the unedited model's "
-        f"patterns in all heads above the edit it is {p[HEALED]}: {_cell(share, scale=100, digits=0)} % of the loss. "
-        f"Patterns of a quarter of these heads: those that drift most on the edit's prompt {p['drifting heads']}, "
-        f"others drawn at random {p[RANDOM]}. With the outputs of attention, where heads look and what they read "
-        f"there: {p['attention outputs']}."
+        f"patterns in all heads above the edit it is {p[HEALED]}: {back} % of the loss. Patterns of a quarter of these "
+        f"heads: those that SADR's rule selects most {p['selected heads']}, others drawn at random {p[RANDOM]}. With the "
+        f"outputs of attention, where heads look and what they read there: {p['attention outputs']}."
     )
 
 

@@ -133,7 +133,7 @@ class _Run:
         return {
             "drift": lambda: selection.drifting(model, plan.cases, self._edited.edits, ("ES", *plan.tasks)),
             "checks": self._checks,
-            "patching": lambda: studies.patching(self._edited, self._table("drift")),
+            "patching": lambda: studies.patching(self._edited),
             "patching_layers": lambda: studies.patching_layers(self._edited),
             "patching_heads": lambda: studies.patching_heads(self._few),
             "substitution": lambda: studies.substitution(self._few),
@@ -164,7 +164,7 @@ class _Run:
                 config=plan.config,
                 contexts=self.supplies.contexts(plan.config.context_lengths),
                 moment=self.supplies.moment(plan.config.layer),
-                restrict=SADR(gamma=0),
+                restrict=SADR(gamma=0.0),
             )
             for i, edit in zip(part, made, strict=True):
                 edit.save(paths[i])

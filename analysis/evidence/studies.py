@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.interventions import Text, outcomes, texts_of
 from analysis.patching import Head, heads_of, knock_out, patch_attention, random_heads, sweep_heads, sweep_layers
-from analysis.selection import drifting
+from analysis.selection import drifting, selected_heads
 from analysis.substitution import Kind, causal_trace, substitute, sweep_windows
 from attn_drift.cases import Case, Probe, Task
 from attn_drift.edits import Edit
@@ -73,31 +73,39 @@ class Edited:
         return replace(self, cases=self.cases[:n], edits=self.edits[:n])
 
 
-def top_heads(drift: pd.DataFrame) -> set[Head]:
-    """The quarter of the heads above the edit that drifts most on the edit's own prompts (`drifting` on ES).
+def top_heads(edits: Sequence[Edit]) -> set[Head]:
+    """The heads above the edit, a quarter, that the rule selects on most of the edits' own texts at the last step.
 
-    Other texts than those on which they are patched.
+    Raises:
+        ValueError: an edit has no record of selected heads.
     """
-    mean = drift[drift["task"] == "ES"].groupby(["layer", "head"])["drift"].mean()
-    chosen = mean.nlargest(max(1, round(TOP_SHARE * len(mean))))
+    frame = selected_heads(edits)
+    last = frame["case"].map(dict(enumerate(len(edit.history or ()) - 1 for edit in edits)))
+    share = frame[frame["step"] == last].groupby(["layer", "head"])["share"].sum()
+    held = edits[0].history
+    assert held is not None and held.selected is not None, "selected_heads raised"
+    n_above = (held.selected.shape[1] - 1 - min(edits[0].updates)) * held.selected.shape[2]
+    chosen = share.nlargest(max(1, round(TOP_SHARE * n_above)))
     return {(int(layer), int(head)) for layer, head in chosen.index}
 
 
-def patching(edited: Edited, drift: pd.DataFrame) -> pd.DataFrame:
+def patching(edited: Edited) -> pd.DataFrame:
     """p(right) of every text under each condition: columns ``text``, ``case``, ``task``, ``condition``, ``p``.
 
+    The texts are those of the tasks, and PS, whose right object is the new one: what mends may undo the edit.
     ``vanilla`` and ``edited`` are the two runs. In the edited run vanilla patterns are written into all heads above the
     edit (``all heads above``), all their rows; only the rows of the last token (``last rows``); only the columns of the
-    subject (``subject columns``); into the quarter of the heads that drift most on the edit's own prompts (``drifting
-    heads``); into as many others, drawn at random (``random heads 1`` and so on). ``subject knocked out``: no head
+    subject (``subject columns``); into the heads that SADR's rule selects most, a quarter (``selected heads``,
+    `top_heads`); into as many others, drawn at random (``random heads 1`` and so on). ``subject knocked out``: no head
     above attends to the subject from any token after it.
     ``attention outputs``: all that attention above the edit adds at the last token is vanilla, where heads look and
     what they read there; what it mends beyond ``last rows`` came through what is read, not through drift.
     """
-    model, texts = edited.model, edited.texts
+    model = edited.model
+    texts = texts_of(edited.cases, edited.edits, (*edited.tasks, "PS"))
     vanilla = [text.unedited for text in texts]
     above = heads_of(model, edited.above)
-    top = top_heads(drift)
+    top = top_heads(edited.edits)
     conditions = {
         "vanilla": outcomes(model, vanilla),
         "edited": outcomes(model, texts),
@@ -106,7 +114,7 @@ def patching(edited: Edited, drift: pd.DataFrame) -> pd.DataFrame:
         "subject columns": patch_attention(model, texts, vanilla, above, keys="subject"),
         "subject knocked out": knock_out(model, texts, above, queries="all"),
         "attention outputs": substitute(model, texts, vanilla, "attn_out", edited.above),
-        "drifting heads": patch_attention(model, texts, vanilla, top),
+        "selected heads": patch_attention(model, texts, vanilla, top),
     }
     for draw in range(DRAWS_OF_HEADS):
         heads = random_heads(model, edited.above, len(top), edited.seed + draw, but=top)

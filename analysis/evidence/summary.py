@@ -22,7 +22,7 @@ NAMES = {
     "subject columns": "patched_subject_columns",
     "subject knocked out": "knocked_out",
     "attention outputs": "healed_attention_outputs",
-    "drifting heads": "patched_drifting_heads",
+    "selected heads": "patched_selected_heads",
     RANDOM: "patched_random_heads",
 }
 
