@@ -23,16 +23,16 @@ from attn_drift.restriction import SADR, AllHeads, HeadRule, LayerMax, Margin, R
 RULES, WORDINGS, ALTERNATIVES = "rules", "wordings", "alternatives"
 LAYER_MAX = "layer_max"
 
-# Weights of SADR in units of the preset: of the paper's rule and wordings, of other rules, of random heads.
+# Weights of SADR in units of the preset: of the paper's rule, of other rules and wordings, of random heads.
 GAMMAS = (0.1, 1.0, 10.0)
 FEWER_GAMMAS = (0.1, 1.0)
 RANDOM_GAMMAS = (1.0, 10.0)
 # Weights of the hidden-state penalty, and other knobs in units of the preset.
 WEIGHTS = (0.1, 1.0)
-KL_FACTORS = (100.0, 1000.0)
+KL_FACTORS = (1000.0,)
 STEPS = (1 / 3, 1 / 6)
 CLAMPS = (5 / 8, 1 / 2)
-PLACEBOS = (0, 1, 2)
+PLACEBOS = (0, 1)
 MARGIN = 0.1
 TOP_K = 4
 
@@ -95,7 +95,7 @@ def _wordings(config: ROMEConfig, gamma: float, most: int) -> Iterator[Point]:
     lines += [("3 wordings", 3, config)]
     for name, wordings, settings in lines:
         if wordings <= most:
-            for weight in (0.0, *(_times(factor, gamma) for factor in GAMMAS)):
+            for weight in (0.0, *(_times(factor, gamma) for factor in FEWER_GAMMAS)):
                 yield Point(WORDINGS, name, weight, wordings, settings, SADR(gamma=weight))
 
 

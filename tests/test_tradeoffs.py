@@ -73,9 +73,9 @@ def test_every_line_starts_at_the_editor_as_it_is() -> None:
 def test_rules_hold_their_own_heads() -> None:
     lines = by_line(points(CONFIG, 0.01, 1))
     rules = [name for study, name in lines if study == "rules"]
-    assert rules == ["layer_max", "all", "top 4", "margin 0.1", "random 1", "random 2", "random 3"]
+    assert rules == ["layer_max", "all", "top 4", "margin 0.1", "random 1", "random 2"]
     held = {str(p.restrict.heads) for name in rules for p in lines["rules", name][1:] if isinstance(p.restrict, SADR)}
-    assert len(held) == 7
+    assert len(held) == 6
     gammas = [p.value for p in lines["rules", "layer_max"]]
     assert gammas == [0.0, 0.001, 0.01, 0.1]
 

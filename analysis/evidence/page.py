@@ -69,15 +69,15 @@ def _told(table: pd.DataFrame, share: Row) -> str:
     back = _cell(share, scale=100, digits=0)
     if share["task"] == "PS":
         return (
-            f"The edit itself, on its paraphrases (PS): p of the new object rises from {p['vanilla']} to {p['edited']}. "
-            f"With the unedited model's patterns it is {p[HEALED]}: {back} % of the edit is undone. An edit that acts "
-            "through where heads look is undone by what mends its damage."
+            f"The edit itself, on its paraphrases (PS): p of the new object rises from {p['vanilla']} to "
+            f"{p['edited']}. With the unedited model's patterns it is {p[HEALED]}: {back} % of the edit is undone. An "
+            "edit that acts through where heads look is undone by what mends its damage."
         )
     return (
         f"{share['task']}: an edit takes p(right) from {p['vanilla']} to {p['edited']}. With the unedited model's "
         f"patterns in all heads above the edit it is {p[HEALED]}: {back} % of the loss. Patterns of a quarter of these "
-        f"heads: those that SADR's rule selects most {p['selected heads']}, others drawn at random {p[RANDOM]}. With the "
-        f"outputs of attention, where heads look and what they read there: {p['attention outputs']}."
+        f"heads: those that SADR's rule selects most {p['selected heads']}, others drawn at random {p[RANDOM]}. With "
+        f"the outputs of attention, where heads look and what they read there: {p['attention outputs']}."
     )
 
 
