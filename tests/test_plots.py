@@ -104,7 +104,8 @@ def test_quotes_stay_quotes(small: TransformerBridge) -> None:
 
 
 def test_colours_start_again() -> None:
-    assert style.colours(9)[7:] == list(style.COLOURS[:2])
+    n = len(style.COLOURS)
+    assert style.colours(n + 2)[n:] == list(style.COLOURS[:2])
     assert style.faded("#ff0010", 0.5) == "rgba(255, 0, 16, 0.5)"
 
 
