@@ -136,7 +136,7 @@ def reference_rome(
 
     C = C + s.ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
     K = torch.stack(keys)
-    if len(prompts) == 1:
+    if len(prompts) == 1 and not s.mean_key:
         u = C.inverse() @ K.mean(0)
         w = u / (u @ K[0])
     else:

@@ -148,10 +148,24 @@ def test_equals_reference_with_two_wordings(make_model: Make, gamma: float) -> N
     compare(model, "gpt2", False, request, settings, ad.SADR(gamma=gamma) if gamma else None)
 
 
-def test_equals_reference_with_the_mean_key_of_two_wordings(make_model: Make) -> None:
+@pytest.mark.parametrize("more", [(), (MIDDLE,)])
+def test_equals_reference_with_the_mean_key(make_model: Make, more: tuple[str, ...]) -> None:
+    """r-ROME, in one wording and in two."""
     model = make_model("gpt2", torch.float64)
-    request = ad.EditRequest(START, "Ada Bellini", "organ").rephrased(MIDDLE)
+    request = ad.EditRequest(START, "Ada Bellini", "organ").rephrased(*more)
     compare(model, "gpt2", False, request, Settings(layer=1, steps=10, mean_key=True), None)
+
+
+def test_the_mean_key_is_the_only_one_without_contexts(make_model: Make) -> None:
+    """r-ROME is ROME where the context-free key is the mean."""
+    model = make_model("gpt2", torch.float64)
+    request, moment = ad.EditRequest(START, "Ada Bellini", "organ"), moment_of(model, 1)
+    updates = []
+    for keys in ("constrained", "mean"):
+        config = ad.ROMEConfig(layer=1, steps=3, keys=keys)
+        updates.append(ad.rome(model, request, config=config, contexts=["{}"], moment=moment).updates[1].delta())
+    # The constrained solve has a ridge of 1e-6.
+    torch.testing.assert_close(updates[0], updates[1], rtol=2e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

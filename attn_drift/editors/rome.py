@@ -5,6 +5,8 @@
 and with several wordings of the question, keys K = [k_1 .. k_m] (of each wording: context-free, and the mean):
 
     w = C^-1 K (K^T C^-1 K)^-1 1,   Delta = delta_v w^T      (w . k_i = 1 for all i)
+
+r-ROME (2403.07175) is the latter with the mean of all keys alone, ``K = [k_mean]``.
 """
 
 import logging
@@ -51,8 +53,8 @@ class ROMEConfig(ValueConfig):
         layer: the edited layer.
         ridge: added to the second moment's diagonal, in units of its mean. 0 in the published presets; needed where
             the moment comes from little text.
-        keys: with several wordings, ``"constrained"``: the keys of each wording are mapped to the value; ``"mean"``:
-            only the mean of all keys is. With one wording ROME's own formula holds.
+        keys: which keys are mapped to the value. ``"constrained"``: those of every wording, and with one wording the
+            context-free one, ROME's; ``"mean"``: the mean of all keys, r-ROME's (Gupta et al., 2403.07175).
         context_lengths: of the contexts that are sampled when none are handed in, see `sample_contexts`.
     """
 
@@ -189,12 +191,12 @@ def _edits(
     edits = []
     for request, value in zip(texts, values, strict=True):
         keys = subject_keys(model, config.layer, request)
-        if len(request.request.wordings) == 1:
-            weight = key_direction(keys, request, moment)
-        elif config.keys == "constrained":
+        if config.keys == "mean":
+            weight = constrained_direction(keys.mean(0)[:, None], moment)
+        elif len(request.request.wordings) > 1:
             weight = constrained_direction(_wording_keys(keys, request), moment)
         else:
-            weight = constrained_direction(keys.mean(0)[:, None], moment)
+            weight = key_direction(keys, request, moment)
         update = LowRankUpdate(weight.to(value.delta.dtype).cpu()[None], value.delta.cpu()[None])
         edits.append(
             Edit(
