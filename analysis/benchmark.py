@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.engines import Engine, LocalEngine, RayEngine
+from analysis.folder import CONFIG
 from analysis.methods import parse_methods
-from analysis.results import CONFIG, Results, part_path, read_part
+from analysis.results import Results, part_path, read_part
 from analysis.summary import write_summaries
 from analysis.worker import Job, Plan, Worker
 from attn_drift.cases import Case

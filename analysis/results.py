@@ -1,18 +1,15 @@
 """What a benchmark's folder holds: scores, rows, paired differences, failures, as tables."""
 
-import json
 import re
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.folder import RunFolder
 from analysis.methods import NONE
 from analysis.scores import MEASURES, PROSE, Scores, results_row
-
-CONFIG = "config.json"
 
 # Pairs of tasks with the same texts, without and with the edit sentence before them.
 DISTRACTED = {"DNS": "NS", "distracted_commonsense": "commonsense"}
@@ -25,26 +22,10 @@ def part_path(folder: Path, method: str, chunk: int) -> Path:
     return folder / "parts" / re.sub(r"[^\w.+=-]", "_", method) / f"{chunk:06d}.parquet"
 
 
-@dataclass(frozen=True)
-class Results:
-    """A benchmark's folder, read when it is first asked for.
+class Results(RunFolder):
+    """A benchmark's folder."""
 
-    Raises:
-        FileNotFoundError: it is none.
-    """
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
-        if not (self.folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{self.folder.absolute()} is no benchmark: it has no {CONFIG}")
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """``config.json``."""
-        config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
-        return config
+    KIND = "benchmark"
 
     @property
     def methods(self) -> list[str]:

@@ -20,15 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import attn_drift as ad
 from analysis import selection
+from analysis.head_kinds import KINDS, head_kinds, kinds_of_drifting
 from analysis.selection import (
-    KINDS,
     Placebo,
     agreement,
     chance_jaccard,
     drifting,
-    head_kinds,
     jaccard,
-    kinds_of_drifting,
     last_selected,
     overlap,
     selected_heads,

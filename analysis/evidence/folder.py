@@ -1,38 +1,22 @@
 """What a folder of evidence holds."""
 
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-CONFIG = "config.json"
+from analysis.folder import RunFolder
+
 SUMMARY = "evidence.json"
 PAGE = "report.html"
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """A folder of evidence, tables read when they are first asked for.
+class Evidence(RunFolder):
+    """A folder of evidence."""
 
-    Raises:
-        FileNotFoundError: it is none.
-    """
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
-        if not (self.folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{self.folder.absolute()} holds no evidence: it has no {CONFIG}")
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """``config.json``."""
-        config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
-        return config
+    KIND = "evidence"
 
     @cached_property
     def summary(self) -> dict[str, Any]:

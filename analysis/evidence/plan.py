@@ -12,9 +12,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis import tradeoffs
 from analysis.evidence import LEAST_CASES, check_cases, studies
+from analysis.head_kinds import told_twice
 from analysis.interventions import Text
 from analysis.patching import heads_of, patch_attention
-from analysis.selection import told_twice
 from analysis.specificity import check_texts
 from analysis.tradeoffs import Point
 from analysis.wordings import further_wordings, without_wordings, worded

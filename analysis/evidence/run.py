@@ -15,15 +15,16 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis import correlation, selection, tradeoffs
+from analysis import correlation, head_kinds, selection, tradeoffs
 from analysis.arms import Outcome, arm
 from analysis.equal_efficacy import at_equal_efficacy
 from analysis.evidence import studies
-from analysis.evidence.folder import CONFIG, PAGE, SUMMARY, Evidence, table_path
+from analysis.evidence.folder import PAGE, SUMMARY, Evidence, table_path
 from analysis.evidence.page import sections
 from analysis.evidence.plan import Plan
 from analysis.evidence.studies import Edited
 from analysis.evidence.summary import summarise
+from analysis.folder import CONFIG
 from analysis.methods import NONE, Supplies
 from analysis.report import write_report
 from analysis.tradeoffs import Point
@@ -139,7 +140,7 @@ class _Run:
             "substitution": lambda: studies.substitution(self._few),
             "tracing": lambda: studies.tracing(self._few),
             "falls": lambda: correlation.measure(model, self._edited.texts),
-            "head_kinds": lambda: selection.head_kinds(model, plan.facts),
+            "head_kinds": lambda: head_kinds.head_kinds(model, plan.facts),
             "wording_heads": lambda: studies.wording_heads(self._few, own),
         }
 
@@ -203,7 +204,7 @@ class _Run:
         seed = self.plan.seed
         self._write("correlation", correlation.correlate(self._table("falls"), seed=seed))
         self._write("agreement", selection.agreement(self._table("drift"), seed))
-        self._write("kinds", selection.kinds_of_drifting(self._table("drift"), self._table("head_kinds")))
+        self._write("kinds", head_kinds.kinds_of_drifting(self._table("drift"), self._table("head_kinds")))
         self._write("wording_agreement", selection.agreement(self._table("wording_heads"), seed))
 
     def _write_tradeoffs(self) -> None:

@@ -1,0 +1,185 @@
+"""The benchmark and the sweep."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from analysis.cli.common import Device, Dtype, Model, Out, Seed, SkipInvalid, app, console, precision_of, quiet, show
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from analysis.results import Results
+
+CasesFile = Annotated[Path, typer.Argument(help="CounterFact, merged CounterFact, zsRE or WikiData, as JSON.")]
+Limit = Annotated[int | None, typer.Option(help="The first so many cases only.")]
+EngineName = Annotated[str, typer.Option(help="'local' or 'ray'.")]
+Workers = Annotated[int, typer.Option(help="Ray actors, with a model each.")]
+Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster; a local one is started without it.")]
+BatchCases = Annotated[int, typer.Option(help="Cases that are edited, scored and written together.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Compute chunks with failed cases again.")]
+SnippetsFile = Annotated[Path | None, typer.Option(help="attribute_snippets.json, for consistency (CS).")]
+Corpus = Annotated[Path | None, typer.Option(help="Texts for perplexity (PPL), one a line.")]
+
+
+@app.command()
+def bench(
+    cases: CasesFile,
+    model: Model,
+    editors: Annotated[str, typer.Option(help="Such as rome,rome+sadr:gamma=0.01:steps=40.")],
+    out: Out,
+    limit: Limit = None,
+    seed: Seed = 0,
+    engine: EngineName = "local",
+    workers: Workers = 2,
+    address: Address = None,
+    batch_cases: BatchCases = 16,
+    skip_invalid: SkipInvalid = False,
+    retry_failed: RetryFailed = False,
+    snippets: SnippetsFile = None,
+    corpus: Corpus = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """Run editors on a file of cases: the paper's Table 3, with intervals, controls and paired differences."""
+    results = _benchmark(
+        cases,
+        model,
+        editors.split(","),
+        out,
+        limit=limit,
+        skip_invalid=skip_invalid,
+        retry_failed=retry_failed,
+        snippets=snippets,
+        corpus=corpus,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        batch_cases=batch_cases,
+        engine=engine,
+        workers=workers,
+        address=address,
+    )
+    _finish(results)
+
+
+@app.command()
+def sweep(
+    cases: CasesFile,
+    model: Model,
+    out: Out,
+    editor: Annotated[str, typer.Option(help="Whose settings are swept.")] = "rome",
+    gamma: Annotated[str, typer.Option(help="Weights of SADR, such as 0.01,0.03,0.1.")] = "",
+    learning_rate: Annotated[str, typer.Option(help="Learning rates.")] = "",
+    steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "",
+    kl_factor: Annotated[str, typer.Option(help="Weights of the essence term.")] = "",
+    limit: Limit = None,
+    seed: Seed = 0,
+    engine: EngineName = "local",
+    workers: Workers = 2,
+    address: Address = None,
+    batch_cases: BatchCases = 16,
+    skip_invalid: SkipInvalid = False,
+    retry_failed: RetryFailed = False,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """What a restriction costs and saves, by gamma and by other knobs: the trade-off curve."""
+    from analysis.sweep import Sweep, write_tradeoff
+
+    knobs = {"gamma": gamma, "learning_rate": learning_rate, "steps": steps, "kl_factor": kl_factor}
+    swept = Sweep.parse(editor, {knob: values.split(",") for knob, values in knobs.items() if values})
+    results = _benchmark(
+        cases,
+        model,
+        swept.methods,
+        out,
+        limit=limit,
+        skip_invalid=skip_invalid,
+        retry_failed=retry_failed,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        batch_cases=batch_cases,
+        engine=engine,
+        workers=workers,
+        address=address,
+    )
+    write_tradeoff(results, swept)
+    console.print(f"Trade-off: {out / 'tradeoff.html'}", markup=False, soft_wrap=True)
+    _finish(results)
+
+
+def _benchmark(
+    path: Path,
+    model: str,
+    methods: "Sequence[str]",
+    out: Path,
+    *,
+    limit: int | None,
+    skip_invalid: bool,
+    snippets: Path | None = None,
+    corpus: Path | None = None,
+    dtype: str,
+    device: str | None,
+    **options: Any,
+) -> "Results":
+    """Reads the files, all of them before anything slow is even imported, and runs the benchmark."""
+    from attn_drift.datasets import read_cases, read_snippets
+
+    if not "".join(methods).strip():
+        raise ValueError("no editor was given; expected names such as rome,rome+sadr, or none")
+    told = None if snippets is None else read_snippets(snippets)
+    cases = read_cases(path, snippets=told, skip_invalid=skip_invalid, limit=limit)
+    if cases.n_skipped:
+        said = f"{cases.n_skipped} records are skipped, such as {cases.skipped[0]}"
+        console.print(said, markup=False, soft_wrap=True)
+    texts = [] if corpus is None else _lines(corpus)
+    from analysis.benchmark import benchmark
+
+    quiet()
+    precision = precision_of(dtype)
+    return benchmark(
+        model,
+        cases,
+        methods,
+        out,
+        corpus=texts,
+        options={"dtype": precision, "device": device},
+        **options,
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: {error}") from error
+    if not lines:
+        raise ValueError(f"{path} has no texts; expected one a line")
+    return lines
+
+
+def _finish(results: "Results") -> None:
+    """Shows the table and where the rest is; ends the command with 1 if a case failed."""
+    from analysis.summary import table_three
+
+    # Half-widths below the means, so that the table fits a terminal.
+    table = table_three(results.rows).map(lambda cell: cell.replace(" (", "\n("))
+    console.print(show(table, escape(str(results.config["model"]["name"]))))
+    said = f"Everything else: {results.folder / 'summary.md'}, report.html, summary.json"
+    console.print(said, markup=False, soft_wrap=True)
+    n_failed = results.failures["case"].nunique()
+    if n_failed:
+        example = results.failures.iloc[0]
+        Console(stderr=True).print(
+            f"{n_failed} of {results.config['cases']['n']} cases failed (see summary.md), such as {example['case']!r}: "
+            f"{example['error']}",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)

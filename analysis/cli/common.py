@@ -1,0 +1,67 @@
+"""What the commands share: the app, options that several have, tables on the terminal."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+# The libraries behind the commands take seconds to import, so that each command imports what it needs.
+
+app = typer.Typer(help="Attention drift in knowledge editing: see it, measure it, restrict it.", no_args_is_help=True)
+console = Console()
+
+
+@app.callback()
+def _setup() -> None:
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True))]
+    )
+
+
+Model = Annotated[str, typer.Option(help="'demo', a name on the Hugging Face hub, or a folder.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results; a run that it holds is gone on with.")]
+Seed = Annotated[int, typer.Option(help="Seed of contexts and sampled continuations.")]
+SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Skip and count bad records.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")]
+Device = Annotated[str | None, typer.Option(help="Where the model goes, such as cpu or cuda:1.")]
+
+
+def precision_of(dtype: str) -> "torch.dtype":
+    """The torch dtype of a name; raises a ValueError for one that is no floating-point dtype."""
+    import torch
+
+    precision = getattr(torch, dtype, None)
+    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
+        raise ValueError(f"the dtype is {dtype!r}; expected float32, bfloat16, float16 or float64")
+    return precision
+
+
+def quiet() -> None:
+    """Without the progress bars of loading."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def show(frame: "pd.DataFrame", title: str) -> Table:
+    """A table for the terminal."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for i, column in enumerate(frame.columns):
+        table.add_column(str(column).replace(" ", "\n"), justify="left" if i == 0 else "right", no_wrap=True)
+    for row in frame.itertuples(index=False):
+        table.add_row(*(_cell(name, cell) for name, cell in zip(frame.columns, row, strict=True)))
+    return table
+
+
+def _cell(column: str, cell: object) -> str:
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.2f}" if column == "max head" else f"{cell:g}" if column == "gamma" else f"{cell:.1f}"

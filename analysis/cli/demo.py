@@ -1,0 +1,70 @@
+"""The demonstration, its cases and its model."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analysis.cli.common import app, console, quiet, show
+
+
+@app.command()
+def demo(
+    edits: Annotated[int, typer.Option(help="Number of facts to edit.")] = 24,
+    gamma: Annotated[float | None, typer.Option(help="Weight of SADR.", show_default="0.1")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the facts and the contexts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("demo-out"),
+) -> None:
+    """Edit facts of the demo model, see attention drift and what it breaks, and hold it with SADR."""
+    quiet()
+    from analysis.demo import demonstrate
+    from analysis.report import demo_sections, write_report
+    from attn_drift.files import replacing
+    from attn_drift.models import load_model
+
+    with console.status("loading the demo model"):
+        model = load_model("demo")
+    shown = demonstrate(model, edits, gamma, seed)
+    with replacing(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(shown.to_json(), indent=1), encoding="utf-8")
+    write_report(out / "report.html", "Attention drift on the demo model", demo_sections(shown))
+    console.print(show(shown.table().reset_index(), f"{edits} edits, seed {seed}, {shown.seconds:.0f} s"))
+    console.print(
+        "Scores in percent. ES: the edit. PS: its paraphrases. NS: other people.\n"
+        "DNS: other people, after the edited sentence. RS: the same person, other\n"
+        "questions. argmax: first choices. max head: attention to the subject."
+    )
+    console.print(f"Report: {out / 'report.html'}", markup=False, soft_wrap=True)
+
+
+@app.command("demo-cases")
+def demo_cases_file(
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    n: Annotated[int, typer.Option("--n", help="Number of cases.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the facts.")] = 0,
+) -> None:
+    """Write cases of the demo model's world to a file in the merged format, for `bench` and `sweep`."""
+    from attn_drift.demo.cases import demo_cases, merged_record
+    from attn_drift.demo.world import World
+    from attn_drift.files import replacing
+    from attn_drift.models import demo_folder
+
+    cases = demo_cases(World.load(demo_folder() / "world.json"), n, seed)
+    with replacing(out) as temporary:
+        records = [merged_record(case) for case in cases]
+        temporary.write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
+    console.print(f"{n} cases written to {out}", markup=False, soft_wrap=True)
+
+
+@app.command("train-demo")
+def train_demo(
+    out: Annotated[Path, typer.Option(help="Folder for weights, tokenizer and world.")],
+    seed: Annotated[int, typer.Option(help="Seed of world, weights and texts.")] = 0,
+) -> None:
+    """Train the demo model anew (about 15 minutes on two cores)."""
+    from attn_drift.demo.train import train
+
+    accuracy = train(out, seed)
+    said = f"{accuracy:.2%} of (fact, wording) pairs right by argmax; written to {out}"
+    console.print(said, markup=False, soft_wrap=True)

@@ -1,0 +1,85 @@
+"""The evidence."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from analysis.cli.common import Device, Dtype, Model, Out, Seed, SkipInvalid, app, console, precision_of, quiet, show
+
+if TYPE_CHECKING:
+    from attn_drift.cases import Case
+
+
+@app.command("evidence")
+def evidence_of_a_model(
+    model: Model,
+    out: Out,
+    cases: Annotated[Path | None, typer.Option(help="A file as for bench; the demo model has its own world.")] = None,
+    edits: Annotated[int, typer.Option(help="Number of facts to edit: the first that have all texts.")] = 24,
+    studied: Annotated[int, typer.Option(help="On how many of them sweeps, tracing and trade-offs run.")] = 10,
+    layer: Annotated[int | None, typer.Option(help="The edited layer.", show_default="the model's preset")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Weight of SADR.", show_default="the model's preset")] = None,
+    seed: Seed = 0,
+    skip_invalid: SkipInvalid = False,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """Why edits break other knowledge: patching, substitution, correlation, heads, and what else would help."""
+    from analysis.evidence import check_cases
+
+    given, wordings = _cases(model, cases, edits, seed, skip_invalid)
+    check_cases(given, studied)
+    from analysis.evidence.run import evidence
+    from attn_drift.models import load_model
+
+    quiet()
+    precision = precision_of(dtype)
+    with console.status(f"loading {escape(model)}"):
+        loaded = load_model(model, dtype=precision, device=device)
+    from attn_drift.editors.rome import ROMEConfig
+
+    config = None if layer is None else replace(ROMEConfig.for_model(loaded), layer=layer)
+    found = evidence(loaded, given, out, studied=studied, wordings=wordings, config=config, gamma=gamma, seed=seed)
+    shown = [
+        {
+            "texts": task,
+            "unedited": f"{cell['vanilla']:.2f}",
+            "edited": f"{cell['edited']:.2f}",
+            "vanilla patterns": f"{cell['patched_all_above']:.2f}",
+            "recovered": f"{cell['recovered']['mean']:.0%}",
+        }
+        for task, cell in found.summary["patching"].items()
+        if task != "PS"
+    ]
+    import pandas as pd
+
+    table = pd.DataFrame(shown)
+    console.print(show(table, escape(f"p(right) on texts of {len(given)} edits of {model}")))
+    console.print(f"Everything else: {out / 'report.html'}, evidence.json, tables", markup=False, soft_wrap=True)
+
+
+def _cases(
+    model: str, path: Path | None, n: int, seed: int, skip_invalid: bool
+) -> "tuple[list[Case], list[tuple[str, ...]] | None]":
+    """Cases and, for the demo's own, further wordings; read before anything slow is imported."""
+    from analysis.evidence import NEEDED
+    from attn_drift.cases import having
+    from attn_drift.datasets import read_cases
+
+    if path is not None:
+        given = having(read_cases(path, skip_invalid=skip_invalid), NEEDED, n)
+        if len(given) < n:
+            console.print(f"{len(given)} cases of {path} have all texts", markup=False, soft_wrap=True)
+        return given, None
+    if model != "demo":
+        raise ValueError(f"no cases were given for {model}; give --cases FILE (the demo model alone has its own)")
+    from attn_drift.demo.cases import demo_cases, further_wordings
+    from attn_drift.demo.world import World
+    from attn_drift.models import demo_folder
+
+    world = World.load(demo_folder() / "world.json")
+    given = demo_cases(world, n, seed)
+    return given, [further_wordings(world, case) for case in given]
