@@ -85,8 +85,8 @@ def reading(points: Sequence[str], store: dict[str, Tensor]) -> list[Hook]:
     return [reader(point) for point in points]
 
 
-def adding(layer: int, columns: Int[Tensor, " text"], vectors: Callable[[], Float[Tensor, "text d_model"]]) -> Hook:
-    """A hook that adds one vector per text to the MLP output of ``layer``, at one column per text.
+def adding(point: str, columns: Int[Tensor, " text"], vectors: Callable[[], Float[Tensor, "text d_model"]]) -> Hook:
+    """A hook that adds one vector per text to the activations at ``point``, at one column per text.
 
     ``vectors`` is called at every run, so that an optimiser may change what it returns.
     """
@@ -97,7 +97,7 @@ def adding(layer: int, columns: Int[Tensor, " text"], vectors: Callable[[], Floa
         changed[rows, columns.to(value.device)] += vectors().to(value)
         return changed
 
-    return value_point(layer), add
+    return point, add
 
 
 def updating(

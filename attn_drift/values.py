@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.history import EditHistory
-from attn_drift.hooks import adding, attached, cached, reading, run, run_on, value_point
+from attn_drift.hooks import adding, attached, cached, reading, run, run_on
 from attn_drift.restriction import LossTerm, Penalty
 from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch, suffix_batches
 
@@ -66,7 +66,7 @@ class OptimisedValue:
 
     Attributes:
         delta: what is to be added to the value, ``v* = v0 + delta``.
-        v0: the value at the subject-last token of the context-free prompt, before the edit.
+        v0: the activation at the subject-last token of the context-free prompt, before the edit.
         history: every loss term at every evaluation.
     """
 
@@ -77,13 +77,13 @@ class OptimisedValue:
 
 def optimise_values(
     model: TransformerBridge,
-    layer: int,
+    point: str,
     texts: Sequence[RequestTexts],
     config: ValueConfig,
     restriction: LossTerm | None = None,
     whole: bool = False,
 ) -> list[OptimisedValue]:
-    """Optimises a vector at the MLP output of ``layer``, at the subject-last token, for each request.
+    """Optimises a vector that is added to the activation at ``point``, at the subject-last token, for each request.
 
     Requests do not influence each other; they share batches only for speed. Tokens before the subject-last ones are run
     once and cached, unless ``whole`` asks for whole texts at every step: the reference that this is tested against.
@@ -92,7 +92,7 @@ def optimise_values(
     with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
         for group in _groups(model, texts):
             batches = [rewriting_batch(model, group)] if whole else suffix_batches(model, group)
-            results += _Optimisation(model, layer, group, batches, config, restriction).run()
+            results += _Optimisation(model, point, group, batches, config, restriction).run()
             progress.update(len(group))
     return results
 
@@ -153,20 +153,20 @@ class _Part:
     def __init__(
         self,
         model: TransformerBridge,
-        layer: int,
+        point: str,
         batch: RewritingBatch,
         restriction: LossTerm | None,
         delta: Float[Tensor, "request d_model"],
     ) -> None:
-        self.model, self.layer, self.batch = model, layer, batch
+        self.model, self.point, self.batch = model, point, batch
         # Essence texts have nothing to restrict.
         self.restriction = restriction if batch.n_texts else None
         self.dtype = delta.dtype
         self.store: dict[str, Tensor] = {}
-        points = [value_point(layer), *([] if self.restriction is None else self.restriction.points)]
+        points = [point, *([] if self.restriction is None else self.restriction.points)]
         columns = batch.subject_last - batch.offset
         # Reading comes before adding, so that the stored value is the vanilla one.
-        self.hooks = [*reading(points, self.store), adding(layer, columns, lambda: delta[batch.owner])]
+        self.hooks = [*reading(points, self.store), adding(point, columns, lambda: delta[batch.owner])]
         self.cache = cached(model, batch.tokens, batch.offset) if batch.offset else None
 
     def run(self) -> Float[Tensor, "row pos vocab"]:
@@ -187,7 +187,7 @@ class _Part:
         """Of the run just made: the values at the subject-last tokens of the rewriting texts, before delta."""
         batch = self.batch
         rows = torch.arange(batch.n_texts, device=batch.owner.device)
-        stored = self.store[value_point(self.layer)].to(rows.device)
+        stored = self.store[self.point].to(rows.device)
         return stored[rows, batch.subject_last[: batch.n_texts] - batch.offset].detach().to(self.dtype)
 
     def target_nll(self, logits: Tensor) -> Float[Tensor, " text"]:
@@ -221,7 +221,7 @@ class _Optimisation:
     def __init__(
         self,
         model: TransformerBridge,
-        layer: int,
+        point: str,
         texts: Sequence[RequestTexts],
         batches: Sequence[RewritingBatch],
         config: ValueConfig,
@@ -232,7 +232,7 @@ class _Optimisation:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         shape = (len(texts), model.cfg.d_model)
         self.delta = torch.zeros(shape, dtype=dtype, device=batches[0].owner.device, requires_grad=True)
-        self.parts = [_Part(model, layer, batch, restriction, self.delta) for batch in batches]
+        self.parts = [_Part(model, point, batch, restriction, self.delta) for batch in batches]
         # Of all texts together, in the order of their places.
         self.text_order = torch.cat([batch.place[: batch.n_texts] for batch in batches]).argsort()
         self.essence_order = torch.cat([batch.place[batch.n_texts :] for batch in batches]).argsort()

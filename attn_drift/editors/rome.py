@@ -21,15 +21,15 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.presets import preset
+from attn_drift.editors.shared import at_subjects, listed, texts_of
 from attn_drift.edits import Edit
-from attn_drift.hooks import key_point, read
+from attn_drift.hooks import key_point, value_point
 from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
-from attn_drift.requests import SLOT, EditRequest
+from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
-from attn_drift.rewriting import RequestTexts, request_texts
-from attn_drift.sampling import ROME_LENGTHS, sample_contexts
-from attn_drift.tokens import pad
+from attn_drift.rewriting import RequestTexts
+from attn_drift.sampling import ROME_LENGTHS
 from attn_drift.values import OptimisedValue, ValueConfig, optimise_values
 from attn_drift.weights import LowRankUpdate
 
@@ -141,9 +141,7 @@ def rome(
             weight that is not finite; before the model runs.
     """
     single = isinstance(requests, EditRequest)
-    listed = [requests] if isinstance(requests, EditRequest) else list(requests)
-    if not listed:
-        raise ValueError("no requests were given; expected at least one")
+    several = listed(requests)
     config = ROMEConfig.for_model(model) if config is None else config
     check_model(model)
     check_layer(model, config.layer)
@@ -153,29 +151,12 @@ def rome(
     if moment is not None:
         moment.check_fits(model, config.layer)
         factored = moment.factored(config.ridge, float64_device(model))
-    if contexts is None:
-        _check_room(model, listed, config)
-        contexts = sample_contexts(model, generator, config.context_lengths)
-    texts = [request_texts(model, request, contexts) for request in listed]
+    texts = texts_of(model, several, contexts, config.context_lengths, generator)
     if factored is None:
         factored = sampled_moment(model, config.layer).factored(config.ridge, float64_device(model))
-    values = optimise_values(model, config.layer, texts, config, term)
+    values = optimise_values(model, value_point(config.layer), texts, config, term)
     edits = _edits(model, texts, values, config, factored, restrict)
     return edits[0] if single else edits
-
-
-def _check_room(model: TransformerBridge, requests: Sequence[EditRequest], config: ROMEConfig) -> None:
-    """Raises a ValueError for a request that would not fit the model's context behind a sampled context."""
-    # A full stop and a space follow the sampled tokens.
-    room = model.cfg.n_ctx - max((length for length, _ in config.context_lengths), default=0) - 2
-    for request in requests:
-        for text in request_texts(model, request, [SLOT]).rewriting:
-            if len(text.completion.tokens) > room:
-                raise ValueError(
-                    f"with a sampled context before it, the prompt ({len(text.completion.tokens)} tokens) has more "
-                    f"tokens than the model's context of {model.cfg.n_ctx}; shorten it or hand in contexts: "
-                    f"{text.completion.tokens.text[:60]!r}"
-                )
 
 
 def _edits(
@@ -208,10 +189,7 @@ def _edits(
 
 def subject_keys(model: TransformerBridge, layer: int, texts: RequestTexts) -> Float[Tensor, "text d_mlp"]:
     """The keys of the rewriting texts at their subject-last tokens."""
-    batch = pad(model, [text.completion.tokens for text in texts.rewriting])
-    keys = read(model, batch, [key_point(layer)], stop_at_layer=layer + 1)[key_point(layer)]
-    columns = batch.columns([text.subject_last for text in texts.rewriting])
-    return keys[torch.arange(len(columns), device=columns.device), columns]
+    return at_subjects(model, [key_point(layer)], texts.rewriting, layer + 1)[0]
 
 
 def key_direction(

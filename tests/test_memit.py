@@ -1,0 +1,178 @@
+"""MEMIT against a plain reference, and what must be true of any edit that it makes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from small_models import DOWN_PROJECTIONS, make_hf_model, make_tokenizer
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+import attn_drift as ad
+from attn_drift.editors.memit import MEMITConfig, memit, spread
+from attn_drift.editors.shared import at_subjects
+from attn_drift.hooks import stream_point
+from attn_drift.models import fingerprint, float64_device, mlp_width
+from attn_drift.rewriting import request_texts
+from attn_drift.values import optimise_values
+
+Make = Callable[..., TransformerBridge]
+
+CONTEXTS = ["{}", "The man met a friend. {}", "Carla Moreau was seen by Ada Bellini. {}", "I. {}"]
+MIDDLE = "The man who met {} was"
+REQUESTS = [
+    ad.EditRequest("{} plays the", "Ada Bellini", "cello"),
+    ad.EditRequest("In town, {} plays", "Carla Moreau", "the zither quartet"),
+    ad.EditRequest("{} plays the", "The man", "organ").rephrased(MIDDLE),
+]
+LAYERS = (0, 1)
+
+
+def moments_of(model: TransformerBridge) -> dict[int, ad.SecondMoment]:
+    moments = {}
+    for layer in range(3):
+        width = mlp_width(model, layer)
+        keys = torch.randn(4 * width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(layer))
+        moments[layer] = ad.SecondMoment(layer, keys.T @ keys / len(keys), len(keys), fingerprint(model))
+    return moments
+
+
+def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The stream of the only text that a block puts out."""
+    return (out[0] if isinstance(out, tuple) else out)[0]
+
+
+def reference(
+    architecture: str, layers: tuple[int, ...], deltas: list[Tensor], moments: dict[int, Tensor], weight: float
+) -> dict[int, Tensor]:
+    """The updates [d_mlp d_model] of each layer: a Hugging Face model, one text at a time, weights really changed."""
+    hf, tokenizer = make_hf_model(architecture, torch.float64), make_tokenizer(architecture == "llama")
+    stack, inside = DOWN_PROJECTIONS[architecture]
+    blocks = hf.get_submodule(stack)
+    seen: dict[str, Tensor] = {}
+    for index, block in enumerate(blocks):
+        block.get_submodule(inside).register_forward_pre_hook(
+            lambda _m, inputs, index=index: seen.__setitem__(f"key {index}", inputs[0][0])
+        )
+        block.register_forward_hook(lambda _m, _i, out, index=index: seen.__setitem__(f"out {index}", first(out)))
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    def at_subject(template: str, subject: str, what: str) -> Tensor:
+        with torch.no_grad():
+            hf(torch.tensor([ids(template.replace("{}", subject))]))
+        return seen[what][len(ids(template.split("{}")[0] + subject)) - 1]
+
+    columns = []  # (request, context-free template, all templates)
+    for r, request in enumerate(REQUESTS):
+        n = max(len(CONTEXTS), len(request.wordings))
+        dealt = [(c, request.wordings[j % len(request.wordings)]) for j, c in enumerate(CONTEXTS[1:])]
+        plan = [("{}", w) for w in request.wordings] + dealt
+        for wording in request.wordings:
+            columns.append((r, wording, [c.replace("{}", w) for c, w in plan[:n] if w == wording]))
+    last = f"out {layers[-1]}"
+    target = [at_subject(plain, REQUESTS[r].subject, last) + deltas[r] for r, plain, _ in columns]
+    updates = {}
+    for i, layer in enumerate(layers):
+        K = torch.stack(
+            [
+                torch.stack([at_subject(t, REQUESTS[r].subject, f"key {layer}") for t in all_of]).mean(0)
+                for r, _, all_of in columns
+            ],
+            dim=1,
+        )
+        now = [at_subject(plain, REQUESTS[r].subject, last) for r, plain, _ in columns]
+        R = torch.stack([(z - n) / (len(layers) - i) for z, n in zip(target, now, strict=True)], dim=1)
+        C = moments[layer] + 1e-4 * moments[layer].diagonal().mean() * torch.eye(len(moments[layer]), dtype=R.dtype)
+        updates[layer] = (R @ K.T @ (weight * C + K @ K.T).inverse()).T
+        matrix = blocks[layer].get_submodule(inside).weight
+        with torch.no_grad():
+            matrix += (
+                updates[layer] if matrix.shape == updates[layer].shape and architecture == "gpt2" else updates[layer].T
+            )
+    return updates
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 1)])
+@pytest.mark.parametrize("weight", [0.5, 50.0])
+def test_updates_equal_the_reference(
+    make_model: Make, architecture: str, layers: tuple[int, ...], weight: float
+) -> None:
+    """Given the same deltas; the optimisation itself is compared in test_rome and test_values."""
+    model = make_model(architecture, torch.float64, bos=architecture == "llama")
+    model.tokenizer.padding_side = "right"
+    config = MEMITConfig(layers=layers, steps=4, learning_rate=0.1, moment_weight=weight, clamp=4.0)
+    moments = moments_of(model)
+    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    values = optimise_values(model, stream_point(layers[-1], "resid"), texts, config)
+    factored = {layer: moments[layer].factored(config.ridge, float64_device(model)) for layer in layers}
+    found = spread(model, texts, values, config, factored)
+    matrices = {layer: moment.matrix for layer, moment in moments.items()}
+    expected = reference(architecture, layers, [value.delta for value in values], matrices, weight)
+    for layer in layers:
+        assert found[layer].rank == 4
+        # Llama and NeoX compute parts of attention in float32, whose rounding depends on the shape of the batch.
+        error = (found[layer].delta() - expected[layer]).norm() / expected[layer].norm()
+        assert error <= (1e-5 if architecture in ("llama", "neox") else 1e-6)
+
+
+def test_one_layer_and_request_and_no_weight_map_the_key_to_the_value(make_model: Make, architecture: str) -> None:
+    """With lambda going to 0, the stream after the layer is Z."""
+    model = make_model(architecture)
+    request = REQUESTS[0]
+    config = MEMITConfig(layers=(1,), steps=5, learning_rate=0.2, moment_weight=1e-9, clamp=4.0)
+    edit = memit(model, request, config=config, contexts=["{}"], moments=moments_of(model))
+    texts = request_texts(model, request, ["{}"])
+    value = optimise_values(model, stream_point(1, "resid"), [texts], config)[0]
+    point = stream_point(1, "resid")
+    with edit.applied(model):
+        now = at_subjects(model, [point], texts.rewriting, 2)[0][0]
+    torch.testing.assert_close(now, value.v0 + value.delta, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_is_one_edit_that_makes_its_facts(make_model: Make) -> None:
+    model = make_model("gpt2")
+    config = MEMITConfig(layers=LAYERS, steps=15, learning_rate=0.5, moment_weight=1e-3, clamp=10.0)
+    before = {name: weight.clone() for name, weight in model.original_model.state_dict().items()}
+    edit = memit(model, REQUESTS, config=config, contexts=CONTEXTS, moments=moments_of(model))
+    assert edit.requests == tuple(REQUESTS) and set(edit.updates) == set(LAYERS) and edit.history is None
+    assert all(torch.equal(weight, before[name]) for name, weight in model.original_model.state_dict().items())
+    alone = memit(model, REQUESTS[0], config=config, contexts=CONTEXTS, moments=moments_of(model))
+    assert alone.history is not None and alone.updates[0].rank == 1
+
+    def p(edits: ad.Edit | None) -> list[float]:
+        from analysis.interventions import Text, outcomes
+
+        return outcomes(model, [Text("c", "ES", r.question, r.target_new, r.subject, edits) for r in REQUESTS]).tolist()
+
+    assert all(after > 2 * plain for after, plain in zip(p(edit), p(None), strict=True))
+
+
+def test_the_restriction_holds_above_the_last_layer(make_model: Make) -> None:
+    model = make_model("gpt2", torch.float64)
+    options = {"contexts": CONTEXTS, "moments": moments_of(model)}
+    config = MEMITConfig(layers=LAYERS, steps=6, learning_rate=0.5, clamp=4.0)
+    held = memit(model, REQUESTS[0], config=config, restrict=ad.SADR(gamma=1.0, heads=ad.AllHeads()), **options)
+    assert held.history is not None and held.history.selected is not None
+    assert held.history.selected[-1, 2].all() and not held.history.selected[:, :2].any()
+    assert held.history.terms[:, 4].max() > 1e-4
+    with pytest.raises(ValueError, match="no layer is left to restrict above the edited layer 2"):
+        memit(model, REQUESTS[0], config=MEMITConfig(layers=(2,)), restrict=ad.SADR(gamma=1.0), **options)
+
+
+def test_bad_settings_are_named(make_model: Make) -> None:
+    for layers in ((), (1, 0), (1, 1)):
+        with pytest.raises(ValueError, match="expected at least one, ascending, each once"):
+            MEMITConfig(layers=layers)
+    with pytest.raises(ValueError, match=r"moment_weight is 0\.0 and ridge"):
+        MEMITConfig(layers=(0,), moment_weight=0.0)
+    model = make_model("gpt2")
+    moments = moments_of(model)
+    del moments[1]
+    with pytest.raises(ValueError, match=r"those of \[1\] are missing"):
+        memit(model, REQUESTS[0], config=MEMITConfig(layers=LAYERS), contexts=CONTEXTS, moments=moments)
+    with pytest.raises(ValueError, match="layer 7 is out of range"):
+        memit(model, REQUESTS[0], config=MEMITConfig(layers=(7,)), contexts=CONTEXTS)
+    with pytest.raises(ValueError, match="no requests"):
+        memit(model, [], config=MEMITConfig(layers=(0,)))
