@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from attn_drift.attention import AttentionCapture, capture_attention
     from attn_drift.cases import Case, Probe
     from attn_drift.datasets import CaseFile, Snippets, read_cases, read_snippets
+    from attn_drift.editors.alphaedit import AlphaEditConfig, alphaedit
+    from attn_drift.editors.memit import MEMITConfig, memit
     from attn_drift.editors.rome import ROMEConfig, rome
     from attn_drift.edits import Edit, applied_to_rows
     from attn_drift.hidden_state import HiddenState
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SADR",
     "AllHeads",
+    "AlphaEditConfig",
     "AttentionCapture",
     "Case",
     "CaseFile",
@@ -31,15 +34,18 @@ __all__ = [
     "HiddenState",
     "LayerMax",
     "LowRankUpdate",
+    "MEMITConfig",
     "Margin",
     "Probe",
     "ROMEConfig",
     "SecondMoment",
     "Snippets",
     "TopK",
+    "alphaedit",
     "applied_to_rows",
     "capture_attention",
     "load_model",
+    "memit",
     "read_cases",
     "read_snippets",
     "rome",
@@ -53,6 +59,7 @@ __all__ = [
 _HOMES = {
     "SADR": "restriction",
     "AllHeads": "restriction",
+    "AlphaEditConfig": "editors.alphaedit",
     "AttentionCapture": "attention",
     "Case": "cases",
     "CaseFile": "datasets",
@@ -63,15 +70,18 @@ _HOMES = {
     "HiddenState": "hidden_state",
     "LayerMax": "restriction",
     "LowRankUpdate": "weights",
+    "MEMITConfig": "editors.memit",
     "Margin": "restriction",
     "Probe": "cases",
     "ROMEConfig": "editors.rome",
     "SecondMoment": "moments",
     "Snippets": "datasets",
     "TopK": "restriction",
+    "alphaedit": "editors.alphaedit",
     "applied_to_rows": "edits",
     "capture_attention": "attention",
     "load_model": "models",
+    "memit": "editors.memit",
     "read_cases": "datasets",
     "read_snippets": "datasets",
     "rome": "editors.rome",

@@ -177,6 +177,8 @@ class Edit:
         for layer, update in self.updates.items():
             tensors[f"layers.{layer}.keys"] = update.keys.contiguous()
             tensors[f"layers.{layer}.values"] = update.values.contiguous()
+            if update.served is not None:
+                tensors[f"layers.{layer}.served"] = update.served.contiguous()
         record = {
             "requests": [asdict(request) for request in self.requests],
             "fingerprint": self.fingerprint,
@@ -245,11 +247,15 @@ def _read_update(layer: int, tensors: Mapping[str, Tensor]) -> LowRankUpdate:
     keys, values = tensors[f"layers.{layer}.keys"], tensors[f"layers.{layer}.values"]
     if keys.ndim != 2 or values.ndim != 2 or len(keys) != len(values):
         raise ValueError(f"keys and values of layer {layer} do not match")
-    if not (keys.is_floating_point() and values.is_floating_point()):
-        raise ValueError(f"the update of layer {layer} is not of floats")
-    if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
-        raise ValueError(f"the update of layer {layer} is not finite")
-    return LowRankUpdate(keys, values)
+    served = tensors.get(f"layers.{layer}.served")
+    if served is not None and (served.ndim != 2 or served.shape[1] != keys.shape[1]):
+        raise ValueError(f"the keys that the update of layer {layer} serves are not as wide as its own")
+    for tensor in (keys, values, *(() if served is None else (served,))):
+        if not tensor.is_floating_point():
+            raise ValueError(f"the update of layer {layer} is not of floats")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the update of layer {layer} is not finite")
+    return LowRankUpdate(keys, values, served)
 
 
 @contextmanager

@@ -64,6 +64,7 @@ class SecondMoment:
     n_tokens: int
     fingerprint: str
     _factors: dict[tuple[float, str], FactoredMoment] = field(default_factory=dict, init=False)
+    _null_spaces: dict[tuple[float, str], Tensor] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         return f"SecondMoment(L{self.layer}, {len(self.matrix)} x {len(self.matrix)}, {self.n_tokens} tokens)"
@@ -87,6 +88,23 @@ class SecondMoment:
                 )
             self._factors[key] = FactoredMoment(factor)
         return self._factors[key]
+
+    def null_space(self, threshold: float, device: torch.device) -> Float64[Tensor, "d_mlp null"]:
+        """An orthonormal basis of the directions in which ``C`` has eigenvalues below a threshold: made once, and kept.
+
+        Raises:
+            ValueError: there are none.
+        """
+        key = (threshold, str(device))
+        if key not in self._null_spaces:
+            eigenvalues, vectors = torch.linalg.eigh(self.matrix.to(device))
+            if eigenvalues[0] >= threshold:
+                raise ValueError(
+                    f"the second moment of layer {self.layer} has no eigenvalue below {threshold:g}; they go from "
+                    f"{float(eigenvalues[0]):.2g} to {float(eigenvalues[-1]):.2g}: raise the threshold"
+                )
+            self._null_spaces[key] = vectors[:, eigenvalues < threshold].contiguous()
+        return self._null_spaces[key]
 
     def check_fits(self, model: TransformerBridge, layer: int) -> None:
         """Raises a ValueError for a moment of another layer, shape or model, or one not finite and symmetric."""

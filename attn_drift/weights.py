@@ -19,10 +19,12 @@ class LowRankUpdate:
     Attributes:
         keys: directions in key space.
         values: what each adds to the MLP's output.
+        served: the keys that an edit was to map, which later edits may spare; None where an editor does not tell.
     """
 
     keys: Float[Tensor, "rank d_mlp"]
     values: Float[Tensor, "rank d_model"]
+    served: Float[Tensor, "n d_mlp"] | None = None
 
     @property
     def rank(self) -> int:
@@ -36,7 +38,8 @@ class LowRankUpdate:
         return self.keys.T @ self.values
 
     def __add__(self, other: "LowRankUpdate") -> "LowRankUpdate":
-        return LowRankUpdate(torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values]))
+        served = None if self.served is None or other.served is None else torch.cat([self.served, other.served])
+        return LowRankUpdate(torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values]), served)
 
 
 @dataclass

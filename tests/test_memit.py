@@ -9,8 +9,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift.editors.memit import MEMITConfig, memit, spread
+from attn_drift.editors.memit import MEMITConfig, batch_direction, memit
 from attn_drift.editors.shared import at_subjects
+from attn_drift.editors.spread import spread
 from attn_drift.hooks import stream_point
 from attn_drift.models import fingerprint, float64_device, mlp_width
 from attn_drift.rewriting import request_texts
@@ -107,7 +108,7 @@ def test_updates_equal_the_reference(
     texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
     values = optimise_values(model, stream_point(layers[-1], "resid"), texts, config)
     factored = {layer: moments[layer].factored(config.ridge, float64_device(model)) for layer in layers}
-    found = spread(model, texts, values, config, factored)
+    found = spread(model, texts, values, layers, lambda layer, K: batch_direction(K, factored[layer], weight))
     matrices = {layer: moment.matrix for layer, moment in moments.items()}
     expected = reference(architecture, layers, [value.delta for value in values], matrices, weight)
     for layer in layers:

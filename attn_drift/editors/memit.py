@@ -1,9 +1,6 @@
 """MEMIT: many facts at once, spread over several layers (Meng et al., 2210.07229; method.md, section 4).
 
-    R_l = (Z - Z_now) / (layers left),   Delta_l = R_l K_l^T (lambda C_l + K_l K_l^T)^-1      for each layer l in order
-
-Z is the residual stream after the last edited layer at the subject-last token, plus the optimised delta; keys and Z_now
-are read anew after each layer. A request of several wordings has a column for each.
+Delta_l = R_l K_l^T (lambda C_l + K_l K_l^T)^-1
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,43 +12,31 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.editors.shared import Lengths, at_subjects, listed, texts_of
+from attn_drift.editors.shared import listed, texts_of
+from attn_drift.editors.spread import SpreadConfig, spread
 from attn_drift.edits import Edit
-from attn_drift.hooks import attached, key_point, stream_point, updating
+from attn_drift.hooks import stream_point
 from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
-from attn_drift.rewriting import RequestTexts, RewritingText
-from attn_drift.values import OptimisedValue, ValueConfig, optimise_values
-from attn_drift.weights import LowRankUpdate
-
-# Of MEMIT's context templates: five of ten tokens, one for each first word.
-MEMIT_LENGTHS: Lengths = ((10, 1),)
+from attn_drift.values import optimise_values
 
 
 @dataclass(frozen=True, kw_only=True)
-class MEMITConfig(ValueConfig):
+class MEMITConfig(SpreadConfig):
     """MEMIT's settings.
 
     Attributes:
-        layers: the edited layers, in ascending order.
         moment_weight: ``lambda``, of the second moment in the solve: how many keys it counts as.
         ridge: added to each second moment's diagonal, in units of its mean.
-        context_lengths: of the contexts that are sampled when none are handed in, see `sample_contexts`.
     """
 
-    layers: tuple[int, ...]
-    clamp: float = 0.75
     moment_weight: float = 15_000.0
     ridge: float = 1e-4
-    context_lengths: Lengths = MEMIT_LENGTHS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"the layers are {self.layers}; expected at least one, ascending, each once")
         if not (0 < self.moment_weight < inf and 0 <= self.ridge < inf):
             raise ValueError(
                 f"moment_weight is {self.moment_weight} and ridge {self.ridge}; expected the first to be positive, the "
@@ -96,7 +81,13 @@ def memit(
     if moments is None:
         factored = _factored(model, {layer: sampled_moment(model, layer) for layer in config.layers}, config)
     values = optimise_values(model, stream_point(last, "resid"), texts, config, term)
-    updates = spread(model, texts, values, config, factored)
+    updates = spread(
+        model,
+        texts,
+        values,
+        config.layers,
+        lambda layer, keys: batch_direction(keys, factored[layer], config.moment_weight),
+    )
     method = {"editor": "memit", "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
     history = values[0].history if len(values) == 1 else None
     return Edit(updates, tuple(several), fingerprint(model), model.cfg.model_name, method, history)
@@ -112,44 +103,6 @@ def _factored(
         moments[layer].check_fits(model, layer)
     device = float64_device(model)
     return {layer: moments[layer].factored(config.ridge, device) for layer in config.layers}
-
-
-def spread(
-    model: TransformerBridge,
-    texts: Sequence[RequestTexts],
-    values: Sequence[OptimisedValue],
-    config: MEMITConfig,
-    moments: Mapping[int, FactoredMoment],
-) -> dict[int, LowRankUpdate]:
-    """Writes the optimised values into all layers, each taking its share of what is left."""
-    last = config.layers[-1]
-    wordings = [(r, wording) for r, request in enumerate(texts) for wording in _by_wording(request)]
-    alone = [rows[0] for _, rows in wordings]
-    every = [text for _, rows in wordings for text in rows]
-    lengths = [len(rows) for _, rows in wordings]
-    delta = torch.stack([values[r].delta for r, _ in wordings])
-    point = stream_point(last, "resid")
-    target = at_subjects(model, [point], alone, last + 1)[0].to(delta) + delta
-    updates: dict[int, LowRankUpdate] = {}
-    for i, layer in enumerate(config.layers):
-        hooks = [hook for done, update in updates.items() for hook in updating(done, update.keys, update.values)]
-        with attached(model, hooks):
-            now = at_subjects(model, [point], alone, last + 1)[0].to(delta)
-            keys = at_subjects(model, [key_point(layer)], every, layer + 1)[0]
-        parts = torch.split(keys.to(moments[layer].factor), lengths)
-        mean = torch.stack([own.mean(0) for own in parts], dim=1)
-        share = (target - now) / (len(config.layers) - i)
-        solved = batch_direction(mean, moments[layer], config.moment_weight)
-        updates[layer] = LowRankUpdate(solved.T.to(delta).cpu().contiguous(), share.cpu())
-    return updates
-
-
-def _by_wording(request: RequestTexts) -> list[list[RewritingText]]:
-    """The texts of each wording, the context-free one first."""
-    found: list[list[RewritingText]] = [[] for _ in request.request.wordings]
-    for text in request.rewriting:
-        found[text.wording].append(text)
-    return found
 
 
 def batch_direction(
