@@ -98,7 +98,8 @@ def find_subject(text: str, subject: str, start: int = 0) -> tuple[int, int]:
     if not subject.strip():
         raise ValueError(f"the subject is empty ({subject!r}); expected the words that name the edited entity")
     subject = subject.strip()
-    whole_words = list(re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)").finditer(text, start))
+    # Looked ahead to, since occurrences may overlap.
+    whole_words = list(re.compile(rf"(?<!\w)(?={re.escape(subject)}(?!\w))").finditer(text, start))
     found = whole_words[-1].start() if whole_words else text.rfind(subject, start)
     if found < 0:
         raise ValueError(f"the subject {subject!r} does not occur in {text!r}")

@@ -68,7 +68,8 @@ def short(few_points: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.ROMEConfig, "for_model", lambda model: config)
 
 
-def test_every_architecture(make_model: Make, architecture: str, tmp_path: Path, short: None) -> None:
+@pytest.mark.parametrize("architecture", ["gptj", "llama"])
+def test_end_to_end_on_other_architectures(make_model: Make, architecture: str, tmp_path: Path, short: None) -> None:
     model = make_model(architecture)
     found = evidence(model, cases(), tmp_path, studied=3)
     summary = found.summary

@@ -58,6 +58,8 @@ def test_positions_from_offsets_are_those_of_the_characters(
     ("text", "subject", "start"),
     [
         ("Ada met Adams. Ada", "Ada", 15),
+        ("A A A a", "A A", 2),
+        ("A A A A", "A A", 4),
         ("Adams met Ada and Adamson", "Ada", 10),
         ("Ada's cello", "Ada", 0),
         ("京都は京にある", "京", 3),
