@@ -107,7 +107,7 @@ def test_killed_and_run_again(make_model: Make, tmp_path: Path, short: None, mon
         evidence(model, cases(), tmp_path / "killed", studied=3)
     assert (tmp_path / "killed" / "tables" / "patching.parquet").is_file()
     n_arms = len(list((tmp_path / "whole" / "arms").iterdir()))
-    monkeypatch.setattr("attn_drift.editors.rome.sample_contexts", None)
+    monkeypatch.setattr("attn_drift.editors.shared.sample_contexts", None)
     again = evidence(model, cases(), tmp_path / "killed", studied=3)
     assert n_done == 7 + n_arms - 6
     assert again.summary == whole.summary
