@@ -13,7 +13,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist loadgroup
-	PLOTLY_RENDERER=json $(BIN)/pytest -n auto --nbmake --nbmake-timeout=300 -p no:cacheprovider examples
+	PLOTLY_RENDERER=json $(BIN)/pytest --nbmake --nbmake-timeout=300 -p no:cacheprovider examples
 
 train-demo: .venv/installed
 	$(BIN)/attn-drift train-demo --out attn_drift/demo/model
