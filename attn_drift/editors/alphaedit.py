@@ -16,10 +16,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.shared import listed, texts_of
-from attn_drift.editors.spread import SpreadConfig, spread
+from attn_drift.editors.spread import SpreadConfig, check_layers, check_moments, spread
 from attn_drift.edits import Edit
 from attn_drift.hooks import stream_point
-from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
+from attn_drift.models import fingerprint, float64_device
 from attn_drift.moments import SecondMoment, sampled_moment
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
@@ -76,10 +76,7 @@ def alphaedit(
             that is not finite, no null space, or an earlier edit that does not tell its keys; before the model runs.
     """
     several, last = listed(requests), config.layers[-1]
-    check_model(model)
-    for layer in config.layers:
-        check_layer(model, layer)
-    check_finite(model)
+    check_layers(model, config.layers)
     term = None if restrict is None else restrict.bind(model, last)
     earlier = _earlier(after, config.layers)
     spaces = {} if moments is None else _null_spaces(model, moments, config)
@@ -114,11 +111,7 @@ def _earlier(after: Edit | None, layers: Sequence[int]) -> dict[int, Float64[Ten
 def _null_spaces(
     model: TransformerBridge, moments: Mapping[int, SecondMoment], config: AlphaEditConfig
 ) -> dict[int, Float64[Tensor, "d_mlp null"]]:
-    missing = [layer for layer in config.layers if layer not in moments]
-    if missing:
-        raise ValueError(f"second moments of the layers {sorted(moments)} were given; those of {missing} are missing")
-    for layer in config.layers:
-        moments[layer].check_fits(model, layer)
+    check_moments(model, moments, config.layers)
     device = float64_device(model)
     return {layer: moments[layer].null_space(config.nullspace_threshold, device) for layer in config.layers}
 

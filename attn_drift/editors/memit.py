@@ -13,10 +13,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.shared import listed, texts_of
-from attn_drift.editors.spread import SpreadConfig, spread
+from attn_drift.editors.spread import SpreadConfig, check_layers, check_moments, spread
 from attn_drift.edits import Edit
 from attn_drift.hooks import stream_point
-from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
+from attn_drift.models import fingerprint, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
@@ -71,10 +71,7 @@ def memit(
             weight that is not finite; before the model runs.
     """
     several, last = listed(requests), config.layers[-1]
-    check_model(model)
-    for layer in config.layers:
-        check_layer(model, layer)
-    check_finite(model)
+    check_layers(model, config.layers)
     term = None if restrict is None else restrict.bind(model, last)
     factored = {} if moments is None else _factored(model, moments, config)
     texts = texts_of(model, several, contexts, config.context_lengths, generator)
@@ -96,11 +93,7 @@ def memit(
 def _factored(
     model: TransformerBridge, moments: Mapping[int, SecondMoment], config: MEMITConfig
 ) -> dict[int, FactoredMoment]:
-    missing = [layer for layer in config.layers if layer not in moments]
-    if missing:
-        raise ValueError(f"second moments of the layers {sorted(moments)} were given; those of {missing} are missing")
-    for layer in config.layers:
-        moments[layer].check_fits(model, layer)
+    check_moments(model, moments, config.layers)
     device = float64_device(model)
     return {layer: moments[layer].factored(config.ridge, device) for layer in config.layers}
 

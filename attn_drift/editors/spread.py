@@ -7,7 +7,7 @@ keys, from which an editor makes its directions D_l, are read anew after each la
 column for each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.shared import Lengths, at_subjects
 from attn_drift.hooks import attached, key_point, stream_point, updating
+from attn_drift.models import check_finite, check_layer, check_model
+from attn_drift.moments import SecondMoment
 from attn_drift.rewriting import RequestTexts, RewritingText
 from attn_drift.values import OptimisedValue, ValueConfig
 from attn_drift.weights import LowRankUpdate
@@ -47,6 +49,23 @@ class SpreadConfig(ValueConfig):
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"the layers are {self.layers}; expected at least one, ascending, each once")
+
+
+def check_layers(model: TransformerBridge, layers: Sequence[int]) -> None:
+    """Raises a ValueError for a model that cannot be edited, a layer that it lacks, or a weight that is not finite."""
+    check_model(model)
+    for layer in layers:
+        check_layer(model, layer)
+    check_finite(model)
+
+
+def check_moments(model: TransformerBridge, moments: Mapping[int, SecondMoment], layers: Sequence[int]) -> None:
+    """Raises a ValueError where a layer has no second moment, or one that does not fit the model."""
+    missing = [layer for layer in layers if layer not in moments]
+    if missing:
+        raise ValueError(f"second moments of the layers {sorted(moments)} were given; those of {missing} are missing")
+    for layer in layers:
+        moments[layer].check_fits(model, layer)
 
 
 def spread(
