@@ -36,7 +36,7 @@ class Edit:
         fingerprint: of the model that it was made for.
         model_name: of that model, for messages.
         method: the editor and its settings, for the record.
-        history: of the optimisation; None for sums.
+        histories: of the optimisation, one for each request; empty where one is not known.
         parts: the edits that a sum was made of, none of them a sum; so that none counts twice.
     """
 
@@ -45,7 +45,7 @@ class Edit:
     fingerprint: str
     model_name: str
     method: Mapping[str, object] = field(default_factory=dict)
-    history: EditHistory | None = None
+    histories: tuple[EditHistory, ...] = ()
     parts: tuple["Edit", ...] = ()
 
     def __repr__(self) -> str:
@@ -53,6 +53,11 @@ class Edit:
         more = f" and {len(self.requests) - 3} more" if len(self.requests) > 3 else ""
         where = ", ".join(f"L{layer} rank {update.rank}" for layer, update in self.updates.items())
         return f"Edit({self.method.get('editor', 'edit')} of {self.model_name}, {where}: {facts}{more})"
+
+    @property
+    def history(self) -> EditHistory | None:
+        """Of the edit of one request; None for several."""
+        return self.histories[0] if len(self.histories) == 1 else None
 
     def check_fits(self, model: TransformerBridge) -> None:
         """Raises a ValueError when a layer or a shape is not the model's, or the update is not finite."""
@@ -173,7 +178,9 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Writes the edit as one safetensors file, its record as JSON in the header."""
-        tensors = {} if self.history is None else self.history.tensors()
+        tensors = {
+            f"history.{i}.{name}": t for i, own in enumerate(self.histories) for name, t in own.tensors().items()
+        }
         for layer, update in self.updates.items():
             tensors[f"layers.{layer}.keys"] = update.keys.contiguous()
             tensors[f"layers.{layer}.values"] = update.values.contiguous()
@@ -234,13 +241,22 @@ class Edit:
                 str(content["fingerprint"]),
                 str(content["model_name"]),
                 dict(content["method"]),
-                EditHistory.from_tensors(tensors),
+                _read_histories(tensors),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged edit: {type(error).__name__}: {error}") from error
         if not updates:
             raise ValueError(f"{path} is a damaged edit: it has no layers")
         return edit
+
+
+def _read_histories(tensors: Mapping[str, Tensor]) -> tuple[EditHistory, ...]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("history."):
+            _, index, column = name.split(".")
+            found.setdefault(int(index), {})[column] = tensor
+    return tuple(EditHistory.from_tensors(found[index]) for index in sorted(found))
 
 
 def _read_update(layer: int, tensors: Mapping[str, Tensor]) -> LowRankUpdate:

@@ -39,20 +39,22 @@ class EditHistory:
 
     def tensors(self) -> dict[str, Tensor]:
         """For saving; `from_tensors` is the inverse."""
-        tensors = {"history.terms": self.terms}
+        tensors = {"terms": self.terms}
         if self.selected is not None:
-            tensors["history.selected"] = self.selected
+            tensors["selected"] = self.selected
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "EditHistory | None":
-        """What `tensors` gave, among others; None when there is no history among them."""
-        if "history.terms" not in tensors:
-            return None
-        terms = tensors["history.terms"]
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "EditHistory":
+        """What `tensors` gave.
+
+        Raises:
+            ValueError: the shapes are not those of a history, or a term is not finite.
+        """
+        terms = tensors["terms"]
         if terms.ndim != 2 or terms.shape[1] != len(cls.COLUMNS) or not torch.isfinite(terms).all():
             raise ValueError(f"the history has shape {tuple(terms.shape)}; expected [step {len(cls.COLUMNS)}], finite")
-        selected = tensors.get("history.selected")
+        selected = tensors.get("selected")
         if selected is not None and (selected.ndim != 3 or len(selected) != len(terms)):
             raise ValueError(
                 f"the selected heads have shape {tuple(selected.shape)}; expected [{len(terms)} layer head]"

@@ -102,7 +102,7 @@ def test_placebo_leaves_the_global_generator_alone() -> None:
 
 def recorded(selected: Tensor | None, steps: int = 1) -> Edit:
     terms = torch.zeros(steps if selected is None else len(selected), 6)
-    return Edit({}, (), "none", "none", {}, EditHistory(terms, selected))
+    return Edit({}, (), "none", "none", {}, (EditHistory(terms, selected),))
 
 
 def records(seed: int, n_edits: int, density: float) -> list[Edit]:

@@ -91,8 +91,9 @@ def alphaedit(
         values = optimise_values(model, stream_point(last, "resid"), texts, config, term)
         updates = spread(model, texts, values, config.layers, directions)
     method = {"editor": "alphaedit", "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
-    history = values[0].history if len(values) == 1 else None
-    return Edit(updates, tuple(several), fingerprint(model), model.cfg.model_name, method, history)
+    return Edit(
+        updates, tuple(several), fingerprint(model), model.cfg.model_name, method, tuple(v.history for v in values)
+    )
 
 
 def _earlier(after: Edit | None, layers: Sequence[int]) -> dict[int, Float64[Tensor, "d_mlp n"]]:

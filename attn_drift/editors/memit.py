@@ -86,8 +86,9 @@ def memit(
         lambda layer, keys: batch_direction(keys, factored[layer], config.moment_weight),
     )
     method = {"editor": "memit", "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
-    history = values[0].history if len(values) == 1 else None
-    return Edit(updates, tuple(several), fingerprint(model), model.cfg.model_name, method, history)
+    return Edit(
+        updates, tuple(several), fingerprint(model), model.cfg.model_name, method, tuple(v.history for v in values)
+    )
 
 
 def _factored(

@@ -181,7 +181,12 @@ def _edits(
         update = LowRankUpdate(weight.to(value.delta.dtype).cpu()[None], value.delta.cpu()[None])
         edits.append(
             Edit(
-                {config.layer: update}, (request.request,), identity, model.cfg.model_name, dict(method), value.history
+                {config.layer: update},
+                (request.request,),
+                identity,
+                model.cfg.model_name,
+                dict(method),
+                (value.history,),
             )
         )
     return edits
