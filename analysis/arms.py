@@ -10,13 +10,12 @@ import pandas as pd
 import torch
 
 from analysis.drift import SubjectAttention, subject_attention
-from analysis.methods import Supplies
+from analysis.methods import Config, Supplies, single_edits
 from analysis.scores import Scores
 from analysis.selection import last_selected, overlap, share_by_step
 from analysis.specificity import score
 from attn_drift.attention import AttentionCapture, capture_attention
 from attn_drift.cases import Case
-from attn_drift.editors.rome import ROMEConfig, rome
 from attn_drift.edits import Edit
 from attn_drift.files import replacing
 from attn_drift.requests import EditRequest
@@ -58,7 +57,7 @@ def arm(
     cases: Sequence[Case],
     editor: str,
     requests: Sequence[EditRequest] | None,
-    config: ROMEConfig,
+    config: Config,
     restrict: Restriction | None = None,
 ) -> Arm:
     """Edits, scores and captures.
@@ -68,13 +67,10 @@ def arm(
         cases: what is scored; each has DNS texts.
         editor: the arm's name.
         requests: one per case; None for the unedited model.
-        config: ROME's settings.
+        config: the editor's settings.
         restrict: a loss term, for instance SADR.
     """
-    edits = None
-    if requests is not None:
-        contexts, moment = supplies.contexts(config.context_lengths), supplies.moment(config.layer)
-        edits = rome(supplies.model, requests, config=config, contexts=contexts, moment=moment, restrict=restrict)
+    edits = None if requests is None else single_edits(supplies, requests, config, restrict)
     texts = [probe.text for case in cases for probe in case.probes["DNS"]]
     per_text = None if edits is None else [e for e, c in zip(edits, cases, strict=True) for _ in c.probes["DNS"]]
     capture = capture_attention(supplies.model, texts, edits=per_text)

@@ -1,35 +1,53 @@
 """Methods: an editor with its settings and a restriction, by the name that commands use: ``rome+sadr:gamma=0.01``."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_origin, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.editors.alphaedit import AlphaEditConfig
+from attn_drift.editors.memit import MEMITConfig
+from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
+from attn_drift.editors.pmet import PMETConfig
 from attn_drift.editors.presets import preset_gamma
 from attn_drift.editors.rome import ROMEConfig, rome
-from attn_drift.edits import Edit
+from attn_drift.edits import Edit, compose
 from attn_drift.models import check_layer
-from attn_drift.moments import SecondMoment, sampled_moment
+from attn_drift.moments import SecondMoment, sampled_moments
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import SADR
+from attn_drift.restriction import SADR, Restriction
 from attn_drift.sampling import sample_contexts
 
 NONE = "none"
 RESTRICTED = "sadr"
 
+Config = ROMEConfig | MultiLayerConfig
+
 
 @dataclass(frozen=True)
 class Editor:
-    """An editor as methods use it: its settings, and the function that makes edits."""
+    """An editor as methods name it.
 
-    config: type[ROMEConfig]
-    edit: Callable[..., list[Edit]]
+    Attributes:
+        config: its settings; `for_model` gives the preset.
+        own: what sets it apart from another editor with the same settings.
+    """
+
+    config: type[ROMEConfig] | type[MultiLayerConfig]
+    own: Mapping[str, Any] = field(default_factory=dict)
 
 
-EDITORS: dict[str, Editor] = {"rome": Editor(ROMEConfig, rome)}
+EDITORS: dict[str, Editor] = {
+    "rome": Editor(ROMEConfig),
+    "r-rome": Editor(ROMEConfig, {"keys": "mean"}),
+    "memit": Editor(MEMITConfig),
+    "pmet": Editor(PMETConfig),
+    "alphaedit": Editor(AlphaEditConfig),
+}
 
 
 def _settable(kind: type) -> dict[str, Any]:
@@ -102,13 +120,18 @@ class Method:
         """
         if self.editor is None:
             return BoundMethod(self, None, None)
-        config = replace(EDITORS[self.editor].config.for_model(model), **self.settings)
-        check_layer(model, config.layer)
+        editor = EDITORS[self.editor]
+        preset: Config = editor.config.for_model(model)
+        config = replace(preset, **{**editor.own, **self.settings})
+        for layer in config.layers:
+            check_layer(model, layer)
         if self.restriction is None:
             return BoundMethod(self, config, None)
-        weight = {} if "gamma" in self.restriction else {"gamma": preset_gamma(self.editor, model, config.layer)}
-        restrict = SADR(**{**weight, **self.restriction})
-        restrict.restricted_layers(model, config.layer)
+        given = dict(self.restriction)
+        if "gamma" not in given:
+            given["gamma"] = preset_gamma(config.editor, model, config.layers[-1])
+        restrict = SADR(**given)
+        restrict.restricted_layers(model, config.restricted_above)
         return BoundMethod(self, config, restrict)
 
 
@@ -138,7 +161,7 @@ class BoundMethod:
     """
 
     method: Method
-    config: ROMEConfig | None
+    config: Config | None
     restrict: SADR | None
 
     @property
@@ -153,16 +176,11 @@ class BoundMethod:
 
     def edits(self, requests: Sequence[EditRequest], supplies: "Supplies") -> list[Edit] | None:
         """An edit for each request; None for the unedited model."""
-        if self.method.editor is None or self.config is None:
-            return None
-        return EDITORS[self.method.editor].edit(
-            supplies.model,
-            list(requests),
-            config=self.config,
-            restrict=self.restrict,
-            contexts=supplies.contexts(self.config.context_lengths),
-            moment=supplies.moment(self.config.layer),
-        )
+        return None if self.config is None else single_edits(supplies, requests, self.config, self.restrict)
+
+    def edit(self, requests: Sequence[EditRequest], supplies: "Supplies", after: Edit | None = None) -> Edit | None:
+        """One edit of all requests, made while an earlier one is in effect; None for the unedited model."""
+        return None if self.config is None else one_edit(supplies, requests, self.config, self.restrict, after)
 
     def record(self) -> dict[str, Any]:
         """All settings, as JSON takes them."""
@@ -173,6 +191,42 @@ class BoundMethod:
             "gamma": self.gamma,
             "steps": self.steps,
         }
+
+
+def single_edits(
+    supplies: "Supplies", requests: Sequence[EditRequest], config: Config, restrict: Restriction | None
+) -> list[Edit]:
+    """An edit for each request, optimised together, by the editor whose settings are given."""
+    contexts = supplies.contexts(config.context_lengths)
+    if isinstance(config, ROMEConfig):
+        moment = supplies.moment(config.layer)
+        return rome(supplies.model, list(requests), config=config, contexts=contexts, moment=moment, restrict=restrict)
+    batches = [[request] for request in requests]
+    moments = supplies.moments(config.layers)
+    return edit_batches(supplies.model, batches, config, contexts=contexts, moments=moments, restrict=restrict)
+
+
+def one_edit(
+    supplies: "Supplies",
+    requests: Sequence[EditRequest],
+    config: Config,
+    restrict: Restriction | None,
+    after: Edit | None = None,
+) -> Edit:
+    """One edit of all requests, made while an earlier one is in effect; by ROME the sum of single edits."""
+    if isinstance(config, ROMEConfig):
+        with nullcontext() if after is None else after.applied(supplies.model):
+            return compose(single_edits(supplies, requests, config, restrict))
+    (edit,) = edit_batches(
+        supplies.model,
+        [requests],
+        config,
+        contexts=supplies.contexts(config.context_lengths),
+        moments=supplies.moments(config.layers),
+        restrict=restrict,
+        after=after,
+    )
+    return edit
 
 
 class Supplies:
@@ -197,6 +251,11 @@ class Supplies:
 
     def moment(self, layer: int) -> SecondMoment:
         """`sampled_moment` of a layer."""
-        if layer not in self._moments:
-            self._moments[layer] = sampled_moment(self.model, layer)
-        return self._moments[layer]
+        return self.moments([layer])[layer]
+
+    def moments(self, layers: Sequence[int]) -> dict[int, SecondMoment]:
+        """`sampled_moments` of layers."""
+        missing = [layer for layer in layers if layer not in self._moments]
+        if missing:
+            self._moments |= sampled_moments(self.model, missing)
+        return {layer: self._moments[layer] for layer in layers}

@@ -6,18 +6,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attn_drift.attention import AttentionCapture, capture_attention
     from attn_drift.cases import Case, Probe
+    from attn_drift.corpora import read_corpus
     from attn_drift.datasets import CaseFile, Snippets, read_cases, read_snippets
     from attn_drift.editors.alphaedit import AlphaEditConfig, alphaedit
     from attn_drift.editors.memit import MEMITConfig, memit
+    from attn_drift.editors.pmet import PMETConfig, pmet
     from attn_drift.editors.rome import ROMEConfig, rome
-    from attn_drift.edits import Edit, applied_to_rows
+    from attn_drift.edits import Edit, applied_to_rows, compose
+    from attn_drift.exports import export
     from attn_drift.hidden_state import HiddenState
     from attn_drift.history import EditHistory
     from attn_drift.models import load_model
-    from attn_drift.moments import SecondMoment, sampled_moment, second_moment
+    from attn_drift.moments import SecondMoment, sampled_moment, sampled_moments, second_moment, second_moments
     from attn_drift.requests import EditRequest
     from attn_drift.restriction import SADR, AllHeads, FixedHeads, LayerMax, Margin, TopK
     from attn_drift.sampling import sample_contexts
+    from attn_drift.streaming import StreamedMoments, stream_moments
     from attn_drift.weights import LowRankUpdate
 
 __all__ = [
@@ -36,22 +40,31 @@ __all__ = [
     "LowRankUpdate",
     "MEMITConfig",
     "Margin",
+    "PMETConfig",
     "Probe",
     "ROMEConfig",
     "SecondMoment",
     "Snippets",
+    "StreamedMoments",
     "TopK",
     "alphaedit",
     "applied_to_rows",
     "capture_attention",
+    "compose",
+    "export",
     "load_model",
     "memit",
+    "pmet",
     "read_cases",
+    "read_corpus",
     "read_snippets",
     "rome",
     "sample_contexts",
     "sampled_moment",
+    "sampled_moments",
     "second_moment",
+    "second_moments",
+    "stream_moments",
 ]
 
 # Where each name lives. It is imported when first used: TransformerLens takes seconds, and reading a file of cases
@@ -72,22 +85,31 @@ _HOMES = {
     "LowRankUpdate": "weights",
     "MEMITConfig": "editors.memit",
     "Margin": "restriction",
+    "PMETConfig": "editors.pmet",
     "Probe": "cases",
     "ROMEConfig": "editors.rome",
     "SecondMoment": "moments",
     "Snippets": "datasets",
+    "StreamedMoments": "streaming",
     "TopK": "restriction",
     "alphaedit": "editors.alphaedit",
     "applied_to_rows": "edits",
     "capture_attention": "attention",
+    "compose": "edits",
+    "export": "exports",
     "load_model": "models",
     "memit": "editors.memit",
+    "pmet": "editors.pmet",
     "read_cases": "datasets",
+    "read_corpus": "corpora",
     "read_snippets": "datasets",
     "rome": "editors.rome",
     "sample_contexts": "sampling",
     "sampled_moment": "moments",
+    "sampled_moments": "moments",
     "second_moment": "moments",
+    "second_moments": "moments",
+    "stream_moments": "streaming",
 }
 
 

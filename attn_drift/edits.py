@@ -1,29 +1,25 @@
 """An edit is a value: low-rank updates of down-projections, applied by hooks or written into weights."""
 
-import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.files import replacing
+from attn_drift.edit_files import EditFile, StoredEdit
 from attn_drift.history import EditHistory
 from attn_drift.hooks import attached, updating
 from attn_drift.models import check_layer, down_projection, fingerprint
 from attn_drift.requests import EditRequest
-from attn_drift.weights import LowRankUpdate, WrittenLayer, WrittenModel, identities, written
+from attn_drift.weights import LowRankUpdate, WrittenLayer, WrittenModel, concatenated, identities, written
 
 log = logging.getLogger(__name__)
-
-FORMAT = "attn_drift.edit.1"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,7 +32,7 @@ class Edit:
         fingerprint: of the model that it was made for.
         model_name: of that model, for messages.
         method: the editor and its settings, for the record.
-        histories: of the optimisation, one for each request; empty where one is not known.
+        histories: of the optimisation, one for each request; empty where they are not known.
         parts: the edits that a sum was made of, none of them a sum; so that none counts twice.
     """
 
@@ -82,7 +78,7 @@ class Edit:
         """
         self.check_fits(model)
         self.check_not_written(model)
-        self._warn_of_another_model(model)
+        self.warn_of_another_model(model)
         hooks = [hook for layer, update in self.updates.items() for hook in updating(layer, update.keys, update.values)]
         with attached(model, hooks):
             yield
@@ -96,11 +92,12 @@ class Edit:
         """
         self.check_fits(model)
         self.check_not_written(model)
-        self._warn_of_another_model(model)
+        self.warn_of_another_model(model)
+        layers = written[model].layers if model in written else {}
+        for layer in self.updates.keys() & layers.keys():
+            layers[layer].check_untouched(model, layer)
         record = written.setdefault(model, WrittenModel())
         record.fingerprints.add(fingerprint(model))
-        for layer in self.updates.keys() & record.layers.keys():
-            record.layers[layer].check_untouched(model, layer)
         for layer in self.updates:
             if layer not in record.layers:
                 record.layers[layer] = WrittenLayer(down_projection(model, layer).detach().clone())
@@ -118,8 +115,9 @@ class Edit:
         layers = written[model].layers if model in written else {}
         if not all(layer in layers and self in layers[layer].updates for layer in self.updates):
             raise ValueError(
-                "this edit is not written in this model: write_to was not called with it, it was removed before, or "
-                "the model is a copy of the one it was written to"
+                "this edit is not written in this model: write_to was not called with it, it was removed before, the "
+                "model is a copy of the one it was written to, or a sum was written of which it is a part; then remove "
+                "the sum, and write sum.without(part)"
             )
         for layer in self.updates:
             layers[layer].check_untouched(model, layer)
@@ -130,18 +128,17 @@ class Edit:
         if not layers:
             del written[model]
 
-    def leaves(self) -> set["Edit"]:
+    def leaves(self) -> tuple["Edit", ...]:
         """The edits that this one is made of: its parts, or itself."""
-        return set(self.parts) or {self}
+        return self.parts or (self,)
 
     def check_not_written(self, model: TransformerBridge) -> None:
         """Raises a ValueError when the edit, or one that it shares a part with, is written in the model's weights."""
-        layers = written[model].layers.values() if model in written else ()
-        mine = self.leaves()
-        if any(mine & edit.leaves() for layer in layers for edit in layer.updates):
+        if not written_in(model).isdisjoint(self.leaves()):
             raise ValueError("this edit is already written in the model; remove_from(model) takes it out")
 
-    def _warn_of_another_model(self, model: TransformerBridge) -> None:
+    def warn_of_another_model(self, model: TransformerBridge) -> None:
+        """Logs a warning when the edit was made for other weights than the model's."""
         if self.fingerprint not in identities(model):
             log.warning(
                 "%r was made for other weights (%s) than those of %s (%s)",
@@ -152,48 +149,33 @@ class Edit:
             )
 
     def __add__(self, other: "Edit") -> "Edit":
-        """Both edits as one.
+        """Both edits as one; of many, `compose` is quicker."""
+        return compose([self, other])
+
+    def without(self, part: "Edit") -> "Edit":
+        """A sum less one of its parts: what `compose` gives of those that remain.
+
+        Args:
+            part: one of ``parts``, or a sum of some of them.
 
         Raises:
-            ValueError: they were made for different models.
+            ValueError: the edit is not one of the parts, or nothing would remain.
         """
-        if self.fingerprint != other.fingerprint:
+        leaving = set(part.leaves())
+        if foreign := leaving.difference(self.leaves()):
             raise ValueError(
-                f"edits of different weights cannot be added: one was made for {self.model_name} "
-                f"({self.fingerprint[:8]}), the other for {other.model_name} ({other.fingerprint[:8]}): another model, "
-                "another dtype, or one was made while an edit was written in the weights"
+                f"{next(iter(foreign))!r} is not a part of {self!r}; give one of its parts (those of a loaded edit are "
+                "new ones, in `parts`)"
             )
-        updates = dict(self.updates)
-        for layer, update in other.updates.items():
-            updates[layer] = updates[layer] + update if layer in updates else update
-        parts = (*(self.parts or (self,)), *(other.parts or (other,)))
-        return Edit(
-            updates=dict(sorted(updates.items())),
-            requests=self.requests + other.requests,
-            fingerprint=self.fingerprint,
-            model_name=self.model_name,
-            method={"editor": "sum", "of": [dict(part.method) for part in parts]},
-            parts=parts,
-        )
+        remaining = [leaf for leaf in self.leaves() if leaf not in leaving]
+        if not remaining:
+            raise ValueError(f"nothing would remain of {self!r}; the model without any edit needs none")
+        return compose(remaining)
 
     def save(self, path: str | Path) -> None:
-        """Writes the edit as one safetensors file, its record as JSON in the header."""
-        tensors = {
-            f"history.{i}.{name}": t for i, own in enumerate(self.histories) for name, t in own.tensors().items()
-        }
-        for layer, update in self.updates.items():
-            tensors[f"layers.{layer}.keys"] = update.keys.contiguous()
-            tensors[f"layers.{layer}.values"] = update.values.contiguous()
-            if update.served is not None:
-                tensors[f"layers.{layer}.served"] = update.served.contiguous()
-        record = {
-            "requests": [asdict(request) for request in self.requests],
-            "fingerprint": self.fingerprint,
-            "model_name": self.model_name,
-            "method": dict(self.method),
-        }
-        with replacing(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "record": json.dumps(record)})
+        """Writes the edit as one safetensors file with a JSON record in its header; of a sum, all of its parts."""
+        stored = [StoredEdit(leaf.updates, leaf.requests, leaf.method, leaf.histories) for leaf in self.leaves()]
+        EditFile(self.fingerprint, self.model_name, stored).write(Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: TransformerBridge) -> "Edit":
@@ -201,77 +183,75 @@ class Edit:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, is no edit, or belongs to another model.
+            ValueError: the file is damaged, was changed, is no edit, or belongs to another model.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no edit file {path.absolute()}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no edit file: {error}") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no edit: its format is {metadata.get('format')!r}, expected {FORMAT!r}")
-        edit = cls._from_tensors(path, tensors, metadata.get("record", ""))
-        if edit.fingerprint not in identities(model):
+        file = EditFile.read(path)
+        if file.fingerprint not in identities(model):
             raise ValueError(
-                f"{path} was made for {edit.model_name} with the weights {edit.fingerprint[:8]}, but the weights of "
+                f"{path} was made for {file.model_name} with the weights {file.fingerprint[:8]}, but the weights of "
                 f"{model.cfg.model_name} are {fingerprint(model)[:8]}; load it into the model that it was made for, "
                 "in the same dtype and without changed weights"
             )
-        edit.check_fits(model)
-        return edit
-
-    @classmethod
-    def _from_tensors(cls, path: Path, tensors: dict[str, Tensor], record: str) -> "Edit":
+        edits = [
+            cls(stored.updates, stored.requests, file.fingerprint, file.model_name, stored.method, stored.histories)
+            for stored in file.edits
+        ]
         try:
-            content = json.loads(record)
-            layers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("layers.")})
-            updates = {layer: _read_update(layer, tensors) for layer in layers}
-            requests = tuple(
-                EditRequest(**{**request, "rephrasings": tuple(request["rephrasings"])})
-                for request in content["requests"]
+            for edit in edits:
+                edit.check_fits(model)
+        except ValueError as error:
+            raise ValueError(f"{path} is a damaged edit: {error}") from error
+        return compose(edits)
+
+
+def compose(edits: Sequence[Edit]) -> Edit:
+    """All edits as one, from which `Edit.without` takes each out again.
+
+    Args:
+        edits: one or more; a sum among them counts as its parts.
+
+    Raises:
+        ValueError: there are none, two were made for different models, or one is there twice.
+    """
+    leaves = tuple(leaf for edit in edits for leaf in edit.leaves())
+    _check_composable(leaves)
+    if len(edits) == 1:
+        return edits[0]
+    layers = sorted({layer for edit in edits for layer in edit.updates})
+    known = all(len(edit.histories) == len(edit.requests) for edit in edits)
+    return Edit(
+        updates={
+            layer: concatenated([edit.updates[layer] for edit in edits if layer in edit.updates]) for layer in layers
+        },
+        requests=tuple(request for edit in edits for request in edit.requests),
+        fingerprint=leaves[0].fingerprint,
+        model_name=leaves[0].model_name,
+        method={"editor": "sum", "of": [dict(leaf.method) for leaf in leaves]},
+        histories=tuple(history for edit in edits for history in edit.histories) if known else (),
+        parts=leaves,
+    )
+
+
+def _check_composable(leaves: Sequence[Edit]) -> None:
+    if not leaves:
+        raise ValueError("there are no edits to compose; give one or more")
+    first, counts = leaves[0], Counter(leaves)
+    for leaf, times in counts.items():
+        if times > 1:
+            raise ValueError(f"{leaf!r} would count twice: it is there more than once, itself or as a part of a sum")
+        if leaf.fingerprint != first.fingerprint:
+            raise ValueError(
+                f"edits of different weights cannot be added: one was made for {first.model_name} "
+                f"({first.fingerprint[:8]}), another for {leaf.model_name} ({leaf.fingerprint[:8]}): another model, "
+                "another dtype, or one was made while an edit was written in the weights"
             )
-            edit = cls(
-                updates,
-                requests,
-                str(content["fingerprint"]),
-                str(content["model_name"]),
-                dict(content["method"]),
-                _read_histories(tensors),
-            )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{path} is a damaged edit: {type(error).__name__}: {error}") from error
-        if not updates:
-            raise ValueError(f"{path} is a damaged edit: it has no layers")
-        return edit
 
 
-def _read_histories(tensors: Mapping[str, Tensor]) -> tuple[EditHistory, ...]:
-    found: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("history."):
-            _, index, column = name.split(".")
-            found.setdefault(int(index), {})[column] = tensor
-    return tuple(EditHistory.from_tensors(found[index]) for index in sorted(found))
-
-
-def _read_update(layer: int, tensors: Mapping[str, Tensor]) -> LowRankUpdate:
-    keys, values = tensors[f"layers.{layer}.keys"], tensors[f"layers.{layer}.values"]
-    if keys.ndim != 2 or values.ndim != 2 or len(keys) != len(values):
-        raise ValueError(f"keys and values of layer {layer} do not match")
-    served = tensors.get(f"layers.{layer}.served")
-    if served is not None and (served.ndim != 2 or served.shape[1] != keys.shape[1]):
-        raise ValueError(f"the keys that the update of layer {layer} serves are not as wide as its own")
-    for tensor in (keys, values, *(() if served is None else (served,))):
-        if not tensor.is_floating_point():
-            raise ValueError(f"the update of layer {layer} is not of floats")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"the update of layer {layer} is not finite")
-    return LowRankUpdate(keys, values, served)
+def written_in(model: TransformerBridge) -> set[Edit]:
+    """The edits that are written in the model's weights, of sums their parts."""
+    layers = written[model].layers.values() if model in written else ()
+    return {leaf for layer in layers for edit in layer.updates for leaf in edit.leaves()}
 
 
 @contextmanager

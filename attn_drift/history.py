@@ -1,5 +1,6 @@
 """What happened while a value was optimised."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,12 +18,15 @@ class EditHistory:
         terms: per evaluation the columns of ``COLUMNS``; ``loss`` is the sum of the four weighted terms, and
             ``p_target`` the probability of the whole target, averaged over the rewriting texts.
         selected: share of the rewriting texts on which a restriction selected a head; None without a restriction.
+        resulted: the weighted restriction term under the update as written, where the last row of ``restriction`` is
+            that of the vector that was optimised; None where it was not measured.
     """
 
     COLUMNS: ClassVar[tuple[str, ...]] = ("loss", "nll", "kl", "decay", "restriction", "p_target")
 
     terms: Float[Tensor, "step term"]
     selected: Float[Tensor, "step layer head"] | None = None
+    resulted: float | None = None
 
     def __len__(self) -> int:
         return len(self.terms)
@@ -42,21 +46,29 @@ class EditHistory:
         tensors = {"terms": self.terms}
         if self.selected is not None:
             tensors["selected"] = self.selected
+        if self.resulted is not None:
+            tensors["resulted"] = torch.tensor(self.resulted, dtype=torch.float64)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "EditHistory":
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "EditHistory":
         """What `tensors` gave.
 
         Raises:
-            ValueError: the shapes are not those of a history, or a term is not finite.
+            ValueError: names or shapes are not those of a history, or a term is no finite float.
         """
-        terms = tensors["terms"]
-        if terms.ndim != 2 or terms.shape[1] != len(cls.COLUMNS) or not torch.isfinite(terms).all():
-            raise ValueError(f"the history has shape {tuple(terms.shape)}; expected [step {len(cls.COLUMNS)}], finite")
-        selected = tensors.get("selected")
+        if "terms" not in tensors or not tensors.keys() <= {"terms", "selected", "resulted"}:
+            raise ValueError(f"a history has {sorted(tensors)}; expected 'terms' and perhaps 'selected', 'resulted'")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                raise ValueError(f"{name!r} of a history is not of finite floats")
+        terms, selected, resulted = tensors["terms"], tensors.get("selected"), tensors.get("resulted")
+        if terms.ndim != 2 or terms.shape[1] != len(cls.COLUMNS) or not len(terms):
+            raise ValueError(f"the history has shape {tuple(terms.shape)}; expected [step {len(cls.COLUMNS)}]")
         if selected is not None and (selected.ndim != 3 or len(selected) != len(terms)):
             raise ValueError(
                 f"the selected heads have shape {tuple(selected.shape)}; expected [{len(terms)} layer head]"
             )
-        return cls(terms, selected)
+        if resulted is not None and resulted.ndim:
+            raise ValueError(f"the resulting restriction has shape {tuple(resulted.shape)}; expected one number")
+        return cls(terms, selected, None if resulted is None else resulted.item())

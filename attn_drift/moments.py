@@ -4,9 +4,8 @@ Accumulated and solved in float64 (method.md, section 4).
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,16 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.accumulation import KeySums, batches
 from attn_drift.files import cache_path, keeping, replacing
-from attn_drift.hooks import is_hooked, key_point, read
-from attn_drift.models import check_layer, check_model, fingerprint, float64_device, mlp_width, origin
+from attn_drift.hooks import is_hooked
+from attn_drift.models import fingerprint, float64_device, mlp_width, origin
+from attn_drift.rome_stats import read_rome_stats
 from attn_drift.sampling import sample_documents
-from attn_drift.tokens import Tokens, encode_windows, pad
+from attn_drift.tokens import Tokens, encode_windows
 
 log = logging.getLogger(__name__)
 
 FORMAT = "attn_drift.moment.1"
-TEXTS_AT_ONCE = 32
 
 # What `sampled_moment` takes: at least this many tokens, and several for every dimension of a key.
 SAMPLED_TOKENS = 50_000
@@ -57,12 +57,14 @@ class SecondMoment:
         matrix: ``C``, symmetric, in float64.
         n_tokens: how many keys were averaged.
         fingerprint: of the model.
+        source: where it comes from, for people: names of the model and the text, and the like.
     """
 
     layer: int
     matrix: Float[Tensor, "d_mlp d_mlp"]
     n_tokens: int
     fingerprint: str
+    source: Mapping[str, str] = field(default_factory=dict)
     _factors: dict[tuple[float, str], FactoredMoment] = field(default_factory=dict, init=False)
     _null_spaces: dict[tuple[float, str], Tensor] = field(default_factory=dict, init=False)
 
@@ -131,6 +133,7 @@ class SecondMoment:
     def save(self, path: str | Path) -> None:
         """Writes the moment as a safetensors file."""
         metadata = {
+            **self.source,
             "format": FORMAT,
             "layer": str(self.layer),
             "n_tokens": str(self.n_tokens),
@@ -152,61 +155,105 @@ class SecondMoment:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
-                matrix = file.get_tensor("matrix").double()
-                return cls(int(metadata["layer"]), matrix, int(metadata["n_tokens"]), metadata["fingerprint"])
+                if metadata.pop("format", None) != FORMAT:
+                    raise ValueError(f"it is not of the format {FORMAT!r}")
+                layer, n_tokens = int(metadata.pop("layer")), int(metadata.pop("n_tokens"))
+                mark = metadata.pop("fingerprint")
+                return cls(layer, file.get_tensor("matrix").double(), n_tokens, mark, metadata)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no second moment: {error}") from error
 
+    @classmethod
+    def from_rome_npz(cls, path: str | Path, model: TransformerBridge, layer: int) -> "SecondMoment":
+        """Imports a file of second moments of ROME and MEMIT (``*_mom2_*.npz``); nothing in it is unpickled.
 
-def second_moment(model: TransformerBridge, layer: int, texts: str | Iterable[str | Tokens]) -> SecondMoment:
-    """Averages ``k k^T`` over every token of the texts.
+        Such a file names neither its model nor its layer: it is taken to be of these, which is logged. Published ones
+        were accumulated in float32.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or no such file, or the layer has keys of another width.
+        """
+        width = mlp_width(model, layer)
+        matrix, count = read_rome_stats(path, width)
+        log.warning(
+            "%s does not say of which model and layer it is; it is taken to be of layer %d of %s, with the weights as "
+            "they are now",
+            path,
+            layer,
+            model.cfg.model_name,
+        )
+        source = {"model": str(model.cfg.model_name), "text": f"imported from {Path(path).name}"}
+        return cls(layer, matrix.to(float64_device(model)), count, fingerprint(model), source)
+
+
+def second_moments(
+    model: TransformerBridge, layers: Sequence[int], texts: str | Iterable[str | Tokens]
+) -> dict[int, SecondMoment]:
+    """Averages ``k k^T`` over every token of the texts, for all layers in one pass.
 
     Texts longer than the model's context are cut into windows; tokenized ones are taken as they are.
 
     Raises:
-        ValueError: a model that cannot be edited, layer out of range, no texts, or an empty text.
+        ValueError: a model that cannot be edited, a bad layer, no texts, or an empty text.
     """
-    check_model(model)
-    check_layer(model, layer)
-    width = mlp_width(model, layer)
-    total = torch.zeros(width, width, dtype=torch.float64, device=float64_device(model))
-    n_tokens = 0
-    for batch in _batches(model, [texts] if isinstance(texts, str) else texts):
-        tokens = pad(model, batch)
-        point = key_point(layer)
-        keys = read(model, tokens, [point], stop_at_layer=layer + 1)[point][tokens.mask].to(total.device).double()
-        total += keys.T @ keys
-        n_tokens += len(keys)
-    if not n_tokens:
+    sums = KeySums(model, layers)
+    given = [texts] if isinstance(texts, str) else texts
+    windows = (w for text in given for w in (encode_windows(model, text) if isinstance(text, str) else [text]))
+    for batch in batches(windows):
+        sums.add(batch)
+    if not sums.n_tokens:
         raise ValueError("no texts were given; a second moment needs several tokens for every dimension of a key")
-    return SecondMoment(layer, total / n_tokens, n_tokens, fingerprint(model))
+    return means_(sums)
+
+
+def means_(sums: KeySums, source: Mapping[str, str] | None = None) -> dict[int, SecondMoment]:
+    """The second moments of sums, in place of these, to which nothing can be added any more."""
+    mark = fingerprint(sums.model)
+    return {layer: SecondMoment(layer, gram.mean_(), gram.n, mark, source or {}) for layer, gram in sums.grams.items()}
+
+
+def second_moment(model: TransformerBridge, layer: int, texts: str | Iterable[str | Tokens]) -> SecondMoment:
+    """`second_moments` of one layer."""
+    return second_moments(model, [layer], texts)[layer]
+
+
+def sampled_moments(model: TransformerBridge, layers: Sequence[int], seed: int = 0) -> dict[int, SecondMoment]:
+    """Second moments over text sampled from the model itself: needs no data set, approximates its training text.
+
+    Cached by layer, keyed by all that each depends on, but not where hooks are attached (an edit in effect). The text
+    is sampled once for all layers that the cache lacks.
+    """
+    length = min(SAMPLED_LENGTH, model.cfg.n_ctx)
+    sizes = {layer: max(SAMPLED_TOKENS, SAMPLED_TOKENS_PER_KEY * mlp_width(model, layer)) for layer in layers}
+    identity = {**origin(model), "seed": seed, "length": length}
+    paths = {
+        layer: cache_path("moments", ".safetensors", {**identity, "layer": layer, "n_tokens": n_tokens})
+        for layer, n_tokens in sizes.items()
+    }
+    found = {} if is_hooked(model) else {layer: held for layer, path in paths.items() if (held := _cached(path))}
+    for n_tokens in set(sizes.values()):
+        missing = [layer for layer in layers if layer not in found and sizes[layer] == n_tokens]
+        if missing:
+            made = second_moments(model, missing, sample_documents(model, n_tokens, length, seed))
+            found |= made
+            if not is_hooked(model):
+                for layer, moment in made.items():
+                    with keeping():
+                        moment.save(paths[layer])
+    return {layer: found[layer] for layer in layers}
 
 
 def sampled_moment(model: TransformerBridge, layer: int, seed: int = 0) -> SecondMoment:
-    """The second moment over text sampled from the model itself: needs no data set, approximates its training text.
-
-    Cached, keyed by all that it depends on, but not where hooks are attached (an edit in effect).
-    """
-    check_layer(model, layer)
-    n_tokens = max(SAMPLED_TOKENS, SAMPLED_TOKENS_PER_KEY * mlp_width(model, layer))
-    length = min(SAMPLED_LENGTH, model.cfg.n_ctx)
-    key = {**origin(model), "layer": layer, "seed": seed, "n_tokens": n_tokens, "length": length}
-    path = cache_path("moments", ".safetensors", key)
-    if path.is_file() and not is_hooked(model):
-        try:
-            return SecondMoment.load(path)
-        except ValueError as error:
-            log.warning("%s; it is made anew", error)
-    moment = second_moment(model, layer, sample_documents(model, n_tokens, length, seed))
-    if not is_hooked(model):
-        with keeping():
-            moment.save(path)
-    return moment
+    """`sampled_moments` of one layer."""
+    return sampled_moments(model, [layer], seed)[layer]
 
 
-def _batches(model: TransformerBridge, texts: Iterable[str | Tokens]) -> Iterator[list[Tokens]]:
-    stream = (window for text in texts for window in (encode_windows(model, text) if isinstance(text, str) else [text]))
-    while batch := list(islice(stream, TEXTS_AT_ONCE)):
-        yield batch
+def _cached(path: Path) -> SecondMoment | None:
+    if not path.is_file():
+        return None
+    try:
+        return SecondMoment.load(path)
+    except ValueError as error:
+        log.warning("%s; it is made anew", error)
+        return None

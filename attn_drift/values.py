@@ -2,13 +2,15 @@
 
     L = NLL + kl_factor * KL_essence + weight_decay * |delta| / |v0|^2 + restriction
 
-Adam on ``delta`` alone, for many requests at once: each has its own delta, its own stop, its own loss terms.
+Adam on ``delta`` alone, for many requests at once: each has its own delta, its own stop, its own loss terms. Where an
+editor optimises vectors at several sites (PMET), delta and v0 have a row for each, and the decay is summed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, isfinite
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,12 +19,32 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.history import EditHistory
-from attn_drift.hooks import adding, attached, cached, reading, run, run_on
+from attn_drift.hooks import adding, attached, cached, reading, run, run_on, updating
 from attn_drift.restriction import LossTerm, Penalty
 from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch, suffix_batches
 
 # Logits of one step, in numbers: requests are optimised in groups that stay below it (one at least).
 LOGITS_AT_ONCE = 2**27
+
+
+Deltas = Float[Tensor, "request site d_model"]
+# Keys and values of a low-rank update, shared by all requests, or with a leading axis of requests.
+Update = tuple[Float[Tensor, "*request rank d_mlp"], Float[Tensor, "*request rank d_model"]]
+# The updates by layer that would be written for given deltas, with their gradients.
+Writing = Callable[[Deltas], Mapping[int, Update]]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What changes for a request once every token of its target is the first choice in every text (PMET's rule).
+
+    Attributes:
+        nll: weight of the negative log-probability from the next step on, as long as that holds.
+        kl: the request is done when its weighted essence term is at most this.
+    """
+
+    nll: float = 0.1
+    kl: float = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +58,7 @@ class ValueConfig:
         clamp: radius of the ball that delta is kept in, in units of ``|v0|``.
         kl_factor: weight of the essence term.
         stop_loss: a request whose loss is below it is done.
+        settled: a further rule for when it is done; none when None.
     """
 
     steps: int = 20
@@ -44,6 +67,7 @@ class ValueConfig:
     clamp: float = 4.0
     kl_factor: float = 0.0625
     stop_loss: float = 0.05
+    settled: Settled | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -65,39 +89,71 @@ class OptimisedValue:
     """The result for one request.
 
     Attributes:
-        delta: what is to be added to the value, ``v* = v0 + delta``.
-        v0: the activation at the subject-last token of the context-free prompt, before the edit.
+        deltas: what is to be added at each site.
+        v0s: the activations at the subject-last token of the context-free prompt, before the edit.
         history: every loss term at every evaluation.
     """
 
-    delta: Float[Tensor, " d_model"]
-    v0: Float[Tensor, " d_model"]
+    deltas: Float[Tensor, "site d_model"]
+    v0s: Float[Tensor, "site d_model"]
     history: EditHistory
+
+    @property
+    def delta(self) -> Float[Tensor, " d_model"]:
+        """What is to be added to the value at the first site, the one that is written: ``v* = v0 + delta``."""
+        return self.deltas[0]
+
+    @property
+    def v0(self) -> Float[Tensor, " d_model"]:
+        """The value at the first site before the edit."""
+        return self.v0s[0]
 
 
 def optimise_values(
     model: TransformerBridge,
-    point: str,
+    points: Sequence[str],
     texts: Sequence[RequestTexts],
     config: ValueConfig,
     restriction: LossTerm | None = None,
+    writing: Writing | None = None,
     whole: bool = False,
 ) -> list[OptimisedValue]:
-    """Optimises a vector that is added to the activation at ``point``, at the subject-last token, for each request.
+    """Optimises vectors that are added to the activations at ``points``, at the subject-last token, for each request.
 
     Requests do not influence each other; they share batches only for speed. Tokens before the subject-last ones are run
     once and cached, unless ``whole`` asks for whole texts at every step: the reference that this is tested against.
+
+    With ``writing``, the restriction looks at whole texts under the updates that it gives for the deltas of all
+    requests, which then run together, not at the texts on which the deltas are optimised.
     """
     results: list[OptimisedValue] = []
     with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
-        for group in _groups(model, texts):
+        for group in groups(model, texts) if writing is None else [list(texts)]:
             batches = [rewriting_batch(model, group)] if whole else suffix_batches(model, group)
-            results += _Optimisation(model, point, group, batches, config, restriction).run()
+            optimisation = _Optimisation(model, points, group, batches, config, None if writing else restriction)
+            if writing and restriction:
+                optimisation.witness, optimisation.writing = Witness(model, group, restriction), writing
+            results += optimisation.run()
             progress.update(len(group))
     return results
 
 
-def _groups(model: TransformerBridge, texts: Sequence[RequestTexts]) -> Iterator[list[RequestTexts]]:
+def restricted_by_updates(
+    model: TransformerBridge, texts: Sequence[RequestTexts], restriction: LossTerm, updates: Mapping[int, Update]
+) -> list[float]:
+    """The weighted restriction term of each request under low-rank updates, on whole texts."""
+    found: list[float] = []
+    for group in groups(model, texts):
+        own = slice(len(found), len(found) + len(group))
+        seen = {
+            layer: (keys[own], values[own]) if keys.ndim == 3 else (keys, values)
+            for layer, (keys, values) in updates.items()
+        }
+        found += Witness(model, group, restriction).mean_loss(seen).tolist()
+    return found
+
+
+def groups(model: TransformerBridge, texts: Sequence[RequestTexts]) -> Iterator[list[RequestTexts]]:
     """Consecutive requests whose padded texts stay within ``LOGITS_AT_ONCE``."""
     group: list[RequestTexts] = []
     rows = width = 0
@@ -126,6 +182,38 @@ def _frozen(model: TransformerBridge) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
+class Witness:
+    """Whole rewriting texts of some requests, on which a restriction looks at low-rank updates."""
+
+    def __init__(self, model: TransformerBridge, texts: Sequence[RequestTexts], restriction: LossTerm) -> None:
+        self.model, self.restriction = model, restriction
+        self.batch = rewriting_batch(model, texts)
+        with torch.no_grad():
+            self.vanilla = self._observe({})
+
+    def _observe(self, updates: Mapping[int, Update]) -> Any:
+        store: dict[str, Tensor] = {}
+        hooks = reading(self.restriction.points, store)
+        for layer, (keys, values) in updates.items():
+            several = keys.ndim == 3
+            rows = (keys[self.batch.owner], values[self.batch.owner]) if several else (keys, values)
+            hooks += updating(layer, *rows)
+        with attached(self.model, hooks):
+            run(self.model, self.batch.tokens)
+        return self.restriction.observe(store, self.batch)
+
+    def penalty(self, updates: Mapping[int, Update]) -> Penalty:
+        """The restriction's under updates, gradients kept."""
+        return self.restriction.penalty(self.vanilla, self._observe(updates), self.batch)
+
+    def mean_loss(self, updates: Mapping[int, Update]) -> Float[Tensor, " request"]:
+        """The weighted term of each request under updates."""
+        with torch.no_grad():
+            loss = self.penalty(updates).loss
+        owner = self.batch.owner[: self.batch.n_texts]
+        return torch.stack([loss[owner == r].mean() for r in range(len(self.batch.texts))])
+
+
 @dataclass(eq=False)
 class _Terms:
     """Weighted loss terms of each request at one evaluation."""
@@ -135,6 +223,7 @@ class _Terms:
     decay: Float[Tensor, " request"]
     restriction: Float[Tensor, " request"]
     p_target: Float[Tensor, " request"]
+    first_choice: Bool[Tensor, " request"]
     selected: Float[Tensor, "request layer head"] | None
 
     @property
@@ -153,20 +242,25 @@ class _Part:
     def __init__(
         self,
         model: TransformerBridge,
-        point: str,
+        points: Sequence[str],
         batch: RewritingBatch,
         restriction: LossTerm | None,
-        delta: Float[Tensor, "request d_model"],
+        delta: Deltas,
     ) -> None:
-        self.model, self.point, self.batch = model, point, batch
+        self.model, self.points, self.batch = model, points, batch
         # Essence texts have nothing to restrict.
         self.restriction = restriction if batch.n_texts else None
         self.dtype = delta.dtype
         self.store: dict[str, Tensor] = {}
-        points = [point, *([] if self.restriction is None else self.restriction.points)]
+        read = [*points, *([] if self.restriction is None else self.restriction.points)]
         columns = batch.subject_last - batch.offset
-        # Reading comes before adding, so that the stored value is the vanilla one.
-        self.hooks = [*reading(points, self.store), adding(point, columns, lambda: delta[batch.owner])]
+
+        def vectors_of(site: int) -> Callable[[], Float[Tensor, "text d_model"]]:
+            return lambda: delta[batch.owner, site]
+
+        # Reading comes before adding, so that the stored values are the vanilla ones.
+        added = [adding(point, columns, vectors_of(site)) for site, point in enumerate(points)]
+        self.hooks = [*reading(read, self.store), *added]
         self.cache = cached(model, batch.tokens, batch.offset) if batch.offset else None
 
     def run(self) -> Float[Tensor, "row pos vocab"]:
@@ -183,15 +277,15 @@ class _Part:
             read = {point: self.store[point].detach() for point in self.restriction.points}
             self.vanilla = self.restriction.observe(read, self.batch)
 
-    def values(self) -> Float[Tensor, "text d_model"]:
+    def values(self) -> Float[Tensor, "text site d_model"]:
         """Of the run just made: the values at the subject-last tokens of the rewriting texts, before delta."""
         batch = self.batch
         rows = torch.arange(batch.n_texts, device=batch.owner.device)
-        stored = self.store[self.point].to(rows.device)
-        return stored[rows, batch.subject_last[: batch.n_texts] - batch.offset].detach().to(self.dtype)
+        stored = torch.stack([self.store[point].detach().to(rows.device) for point in self.points], dim=2)
+        return stored[rows, batch.subject_last[: batch.n_texts] - batch.offset].to(self.dtype)
 
-    def target_nll(self, logits: Tensor) -> Float[Tensor, " text"]:
-        """Negative log-probability of the target, averaged over its tokens."""
+    def target(self, logits: Tensor) -> tuple[Float[Tensor, " text"], Bool[Tensor, " text"]]:
+        """Negative log-probability of the target, averaged over its tokens, and whether all are the first choice."""
         batch = self.batch
         present: Bool[Tensor, "text target"] = batch.target != IGNORED
         columns = (batch.prompt_last - batch.offset)[:, None]
@@ -200,7 +294,8 @@ class _Part:
         rows = torch.arange(batch.n_texts, device=logits.device)[:, None]
         log_probs = logits[rows, columns].to(self.dtype).log_softmax(-1)
         token = log_probs.gather(-1, batch.target.clamp(min=0)[..., None]).squeeze(-1)
-        return -(token * present).sum(1) / present.sum(1)
+        first = ((log_probs.argmax(-1) == batch.target) | ~present).all(1)
+        return -(token * present).sum(1) / present.sum(1), first
 
     def essence_log_probs(self, logits: Tensor) -> Float[Tensor, "essence vocab"]:
         """Of the essence texts in the batch, at their subject-last tokens."""
@@ -221,18 +316,21 @@ class _Optimisation:
     def __init__(
         self,
         model: TransformerBridge,
-        point: str,
+        points: Sequence[str],
         texts: Sequence[RequestTexts],
         batches: Sequence[RewritingBatch],
         config: ValueConfig,
         restriction: LossTerm | None,
     ) -> None:
         self.config = config
+        self.witness: Witness | None = None
+        self.writing: Writing = lambda delta: {}
         weight = next(model.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        shape = (len(texts), model.cfg.d_model)
+        shape = (len(texts), len(points), model.cfg.d_model)
         self.delta = torch.zeros(shape, dtype=dtype, device=batches[0].owner.device, requires_grad=True)
-        self.parts = [_Part(model, point, batch, restriction, self.delta) for batch in batches]
+        self.nll_weight = torch.ones(len(texts), dtype=dtype, device=self.delta.device)
+        self.parts = [_Part(model, points, batch, restriction, self.delta) for batch in batches]
         # Of all texts together, in the order of their places.
         self.text_order = torch.cat([batch.place[: batch.n_texts] for batch in batches]).argsort()
         self.essence_order = torch.cat([batch.place[batch.n_texts :] for batch in batches]).argsort()
@@ -255,50 +353,71 @@ class _Optimisation:
             if terms.selected is not None:
                 selected.append(terms.selected.cpu())
             lengths += active.cpu()
-            active &= terms.loss.detach() >= self.config.stop_loss
+            active &= ~self._done(terms)
             if step == self.config.steps - 1 or not active.any():
                 break
             self._step(adam, terms, active)
         return self._results(columns, selected, lengths.tolist())
+
+    def _done(self, terms: _Terms) -> Bool[Tensor, " request"]:
+        """Which requests need no further step; sets the weights of the next step's NLL."""
+        done = terms.loss.detach() < self.config.stop_loss
+        settled = self.config.settled
+        if settled is not None:
+            done |= terms.first_choice & (terms.kl.detach() <= settled.kl)
+            self.nll_weight = torch.where(terms.first_choice, settled.nll, 1.0).to(self.nll_weight)
+        return done
 
     def _record_vanilla(self, logits: list[Tensor]) -> None:
         for part in self.parts:
             part.record_vanilla()
         values = torch.cat([part.values() for part in self.parts])[self.text_order]
         # The first text of every request is context-free.
-        self.v0: Float[Tensor, "request d_model"] = values[self.member.int().argmax(1)]
-        self.v0_norm = self.v0.norm(dim=1)
+        self.v0: Deltas = values[self.member.int().argmax(1)]
+        self.v0_norm = self.v0.norm(dim=2)
         self.essence = self._essence(logits).detach()
 
     def _essence(self, logits: list[Tensor]) -> Float[Tensor, "request vocab"]:
         found = [part.essence_log_probs(part_logits) for part, part_logits in zip(self.parts, logits, strict=True)]
         return torch.cat(found)[self.essence_order]
 
-    def _mean_per_request(self, per_text: list[Tensor]) -> Tensor:
+    def _together(self, per_part: Sequence[Tensor]) -> Tensor:
+        """Of all rewriting texts, in the order of their places: ``[text ...]``."""
+        return torch.cat(list(per_part))[self.text_order]
+
+    def _mean_per_request(self, per_text: Tensor) -> Tensor:
         """Averages over each request's rewriting texts: ``[text ...] -> [request ...]``."""
-        together = torch.cat(per_text)[self.text_order]
         # A product with a matrix, since index_add is not deterministic on CUDA.
-        shares = self.member.to(together.dtype) / self.member.sum(1, keepdim=True)
-        averaged: Tensor = torch.tensordot(shares, together, dims=1)
+        shares = self.member.to(per_text.dtype) / self.member.sum(1, keepdim=True)
+        averaged: Tensor = torch.tensordot(shares, per_text, dims=1)
         return averaged
+
+    def _penalty(self) -> Penalty:
+        """The restriction's, of all rewriting texts."""
+        if self.witness is not None:
+            return self.witness.penalty(self.writing(self.delta))
+        penalties = [part.penalty() for part in self.parts]
+        selected = [penalty.selected for penalty in penalties if penalty.selected is not None]
+        losses = self._together([penalty.loss for penalty in penalties])
+        return Penalty(losses, self._together(selected) if selected else None)
 
     def _terms(self, logits: list[Tensor]) -> _Terms:
         config = self.config
-        nll = [part.target_nll(part_logits) for part, part_logits in zip(self.parts, logits, strict=True)]
-        n_tokens = [(part.batch.target != IGNORED).sum(1) for part in self.parts]
-        penalties = [part.penalty() for part in self.parts]
-        selected = [penalty.selected for penalty in penalties if penalty.selected is not None]
+        targets = [part.target(part_logits) for part, part_logits in zip(self.parts, logits, strict=True)]
+        nll = self._together([loss for loss, _ in targets])
+        missed = self._mean_per_request(self._together([~first for _, first in targets]).to(nll.dtype))
+        n_tokens = self._together([(part.batch.target != IGNORED).sum(1) for part in self.parts])
+        penalty = self._penalty()
         now = self._essence(logits)
         kl = (self.essence.exp() * (self.essence - now)).sum(-1)
         return _Terms(
-            nll=self._mean_per_request(nll),
+            nll=self.nll_weight * self._mean_per_request(nll),
             kl=config.kl_factor * kl,
-            decay=config.weight_decay * self.delta.norm(dim=1) / self.v0_norm.square(),
-            restriction=self._mean_per_request([penalty.loss for penalty in penalties]),
-            p_target=self._mean_per_request(
-                [(-loss.detach() * n).exp() for loss, n in zip(nll, n_tokens, strict=True)]
-            ),
-            selected=self._mean_per_request(selected) if selected else None,
+            decay=config.weight_decay * (self.delta.norm(dim=2) / self.v0_norm.square()).sum(1),
+            restriction=self._mean_per_request(penalty.loss),
+            p_target=self._mean_per_request((-nll.detach() * n_tokens).exp()),
+            first_choice=missed == 0,
+            selected=None if penalty.selected is None else self._mean_per_request(penalty.selected),
         )
 
     def _step(self, adam: torch.optim.Adam, terms: _Terms, active: Bool[Tensor, " request"]) -> None:
@@ -308,16 +427,16 @@ class _Optimisation:
         adam.step()
         with torch.no_grad():
             radius = self.config.clamp * self.v0_norm
-            shrink = (radius / self.delta.norm(dim=1).clamp(min=torch.finfo(self.delta.dtype).tiny)).clamp(max=1)
-            self.delta.copy_(torch.where(active[:, None], self.delta * shrink[:, None], before))
+            shrink = (radius / self.delta.norm(dim=2).clamp(min=torch.finfo(self.delta.dtype).tiny)).clamp(max=1)
+            self.delta.copy_(torch.where(active[:, None, None], self.delta * shrink[..., None], before))
 
     def _results(self, columns: list[Tensor], selected: list[Tensor], lengths: list[int]) -> list[OptimisedValue]:
         terms = torch.stack(columns, dim=1)
         heads = torch.stack(selected, dim=1) if selected else None
         return [
             OptimisedValue(
-                delta=self.delta[r].detach().clone(),
-                v0=self.v0[r].clone(),
+                deltas=self.delta[r].detach().clone(),
+                v0s=self.v0[r].clone(),
                 history=EditHistory(terms[r, :n].clone(), None if heads is None else heads[r, :n].clone()),
             )
             for r, n in enumerate(lengths)

@@ -1,5 +1,6 @@
 """Low-rank updates of down-projections, written into weights and taken out again, bit for bit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,9 +38,26 @@ class LowRankUpdate:
         """The change of the weight ``W``, where ``v = k @ W``."""
         return self.keys.T @ self.values
 
-    def __add__(self, other: "LowRankUpdate") -> "LowRankUpdate":
-        served = None if self.served is None or other.served is None else torch.cat([self.served, other.served])
-        return LowRankUpdate(torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values]), served)
+    def norm(self) -> Float[Tensor, ""]:
+        """Frobenius norm of `delta`, in float64, without making it."""
+        keys, values = self.keys.double(), self.values.double()
+        return ((keys @ keys.T) * (values @ values.T)).sum().clamp(min=0).sqrt()
+
+    def added_to(self, weight: Float[Tensor, "d_mlp d_model"]) -> Float[Tensor, "d_mlp d_model"]:
+        """The weight with the update, summed in the wider of both dtypes; the given one is left as it is."""
+        delta = self.delta().to(weight.device)
+        dtype = torch.promote_types(weight.dtype, delta.dtype)
+        return (weight.to(dtype) + delta).to(weight.dtype)
+
+
+def concatenated(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    """The updates of one layer as one, of the sum of their ranks."""
+    served = [update.served for update in updates if update.served is not None]
+    return LowRankUpdate(
+        torch.cat([update.keys for update in updates]),
+        torch.cat([update.values for update in updates]),
+        torch.cat(served) if len(served) == len(updates) else None,
+    )
 
 
 @dataclass
@@ -73,9 +91,7 @@ class WrittenLayer:
     def _expected(self, device: torch.device) -> Float[Tensor, "d_mlp d_model"]:
         weight = self.original.to(device)
         for update in self.updates.values():
-            delta = update.delta().to(device)
-            dtype = torch.promote_types(weight.dtype, delta.dtype)
-            weight = (weight.to(dtype) + delta).to(weight.dtype)
+            weight = update.added_to(weight)
         return weight
 
     def _write(self, model: TransformerBridge, layer: int) -> None:

@@ -63,7 +63,7 @@ def test_update_equals_the_reference(make_model: Make) -> None:
     moments = moments_of(model)
     config = AlphaEditConfig(layers=(1,), steps=5, learning_rate=0.2, l2=0.5, clamp=4.0)
     edit = alphaedit(model, FIRST, config=config, contexts=CONTEXTS, moments=moments)
-    value = optimise_values(model, stream_point(1, "resid"), [request_texts(model, FIRST, CONTEXTS)], config)[0]
+    value = optimise_values(model, [stream_point(1, "resid")], [request_texts(model, FIRST, CONTEXTS)], config)[0]
     update = edit.updates[1]
     assert update.served is not None and update.served.shape == (1, mlp_width(model, 1))
     k = update.served[0]

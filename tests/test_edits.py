@@ -1,9 +1,9 @@
 """What must be true of any edit: hooks, weights and files agree; undoing is exact."""
 
 import functools
-import json
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +11,15 @@ import torch
 from conftest import n_hooks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
+from attn_drift.edits import compose
 from attn_drift.hooks import run
 from attn_drift.models import down_projection, fingerprint
 from attn_drift.tokens import encode, pad
+from attn_drift.weights import identities
 
 Make = Callable[..., TransformerBridge]
 TEXTS = ["Ada Bellini plays the cello", "The man", "Carla Moreau was seen in town by a friend of Ada Bellini."]
@@ -139,11 +140,14 @@ def test_removing_what_is_not_there_is_refused(make_model: Make) -> None:
     edit.remove_from(model)
     with pytest.raises(ValueError, match="not written"):
         edit.remove_from(model)
+    (edit + other).write_to(model)
+    with pytest.raises(ValueError, match=r"remove the sum, and write sum\.without\(part\)"):
+        edit.remove_from(model)
 
 
 def test_foreign_changes_are_not_lost(make_model: Make) -> None:
     model = make_model("gpt2")
-    edit = random_edit(model, 0)
+    edit, before = random_edit(model, 0), state(model)
     edit.write_to(model)
     with torch.no_grad():
         down_projection(model, 1)[0, 0] += 1
@@ -153,6 +157,8 @@ def test_foreign_changes_are_not_lost(make_model: Make) -> None:
     with pytest.raises(RuntimeError, match="changed by something else"):
         random_edit(model, 1).write_to(model)
     assert same_state(model, changed)
+    model.original_model.load_state_dict(before)
+    assert fingerprint(model) == edit.fingerprint and identities(model) == {edit.fingerprint}
 
 
 def test_sum_is_both(make_model: Make, architecture: str) -> None:
@@ -168,13 +174,82 @@ def test_sum_is_both(make_model: Make, architecture: str) -> None:
 
 
 def test_sum_of_very_many(small: TransformerBridge, tmp_path: Path) -> None:
-    edits = [random_edit(small, seed) for seed in range(1200)]
-    everything = functools.reduce(operator.add, edits)
-    assert everything.updates[1].rank == 1200 and everything.leaves() == set(edits)
+    one, keys = random_edit(small, 0), torch.randn(1200, 1, 128, generator=torch.Generator().manual_seed(0))
+    edits = [replace(one, updates={1: ad.LowRankUpdate(k, one.updates[1].values)}) for k in keys]
+    everything = functools.reduce(operator.add, edits[:500]) + compose(edits[500:])
+    assert everything.updates[1].rank == 1200 and everything.leaves() == tuple(edits)
     expected = sum(edit.updates[1].delta() for edit in edits)
     torch.testing.assert_close(everything.updates[1].delta(), expected, rtol=1e-3, atol=1e-3)
     everything.save(tmp_path / "sum")
     assert ad.Edit.load(tmp_path / "sum", small).requests == everything.requests
+
+
+def history(seed: int) -> ad.EditHistory:
+    terms = torch.rand(3, 6, generator=torch.Generator().manual_seed(seed))
+    return ad.EditHistory(terms, terms[:, :4].reshape(3, 2, 2), resulted=0.1 * seed)
+
+
+@functools.cache
+def _edits_of(model: TransformerBridge) -> list[ad.Edit]:
+    return [random_edit(model, seed, (seed % 2, 2), rank=1 + seed) for seed in range(4)]
+
+
+@given(order=st.permutations(range(4)), n_gone=st.integers(1, 3), at_once=st.booleans())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_sum_loses_any_parts_in_any_order(make_model: Make, order: list[int], n_gone: int, at_once: bool) -> None:
+    model = _shared(make_model)
+    edits = _edits_of(model)
+    everything = compose([edits[0] + edits[1], compose(edits[2:])])
+    gone, kept = [edits[i] for i in order[:n_gone]], [edits[i] for i in sorted(order[n_gone:])]
+    left = everything.without(compose(gone)) if at_once else functools.reduce(ad.Edit.without, gone, everything)
+    expected = compose(kept)
+    assert left.leaves() == tuple(kept) and left.requests == expected.requests
+    assert left.updates.keys() == expected.updates.keys()
+    for layer, update in expected.updates.items():
+        assert torch.equal(left.updates[layer].keys, update.keys)
+        assert torch.equal(left.updates[layer].values, update.values)
+    assert everything.leaves() == tuple(edits), "the sum itself stays"
+
+
+def test_one_edit_composes_to_itself(small: TransformerBridge) -> None:
+    first, second = random_edit(small, 0), random_edit(small, 1)
+    assert compose([first]) is first and (first + second).without(second) is first
+
+
+def test_what_cannot_be_composed_or_left_out_is_refused(small: TransformerBridge) -> None:
+    first, second, third = (random_edit(small, seed) for seed in range(3))
+    both = first + second
+    with pytest.raises(ValueError, match="no edits to compose"):
+        compose([])
+    for twice in ([first, first], [both, second], [both, third, first + third]):
+        with pytest.raises(ValueError, match="would count twice"):
+            compose(twice)
+    for foreign in (third, third + first):
+        with pytest.raises(ValueError, match=r"object 2.* is not a part of"):
+            both.without(foreign)
+    for all_of_it in (both, second + first):
+        with pytest.raises(ValueError, match="nothing would remain"):
+            both.without(all_of_it)
+    with pytest.raises(ValueError, match="nothing would remain"):
+        first.without(first)
+
+
+def test_a_sum_has_the_histories_of_all_or_none(small: TransformerBridge) -> None:
+    first, second, without = (random_edit(small, seed) for seed in range(3))
+    first, second = (replace(edit, histories=(history(i),)) for i, edit in enumerate((first, second)))
+    both = first + second
+    assert both.histories == first.histories + second.histories and both.history is None
+    assert (both + without).histories == ()
+    assert (both + without).without(without).histories == both.histories
+    assert both.without(first).history is second.history
+
+
+def test_served_keys_are_those_of_all_or_none(small: TransformerBridge) -> None:
+    served, other = random_edit(small, 0), random_edit(small, 1)
+    update = served.updates[1]
+    served = replace(served, updates={1: ad.LowRankUpdate(update.keys, update.values, update.keys)})
+    assert (served + other).updates[1].served is None
+    assert (served + other).without(other).updates[1].served is update.keys
 
 
 def test_rows_carry_their_own_edits(make_model: Make, architecture: str) -> None:
@@ -199,83 +274,6 @@ def test_rows_need_as_many_edits_as_texts(small: TransformerBridge) -> None:
     with pytest.raises(ValueError, match="3 texts, but updates were applied for 2"), rows:
         logits(small)
     assert n_hooks(small) == 0
-
-
-def test_file_round_trip(make_model: Make, tmp_path: Path) -> None:
-    model = make_model("gpt2")
-    request = ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano").rephrased("The man {} is")
-    moment = ad.SecondMoment(1, torch.eye(128, dtype=torch.float64), 10, fingerprint(model))
-    edit = ad.rome(
-        model,
-        request,
-        config=ad.ROMEConfig(layer=1, steps=3),
-        contexts=["I. {}"],
-        moment=moment,
-        restrict=ad.SADR(gamma=0.1),
-    )
-    path = tmp_path / "folder" / "edit.safetensors"
-    edit.save(path)
-    loaded = ad.Edit.load(path, model)
-    assert path.stat().st_size < 8192
-    assert loaded.requests == edit.requests
-    assert torch.equal(loaded.updates[1].delta(), edit.updates[1].delta())
-    assert loaded.history is not None and edit.history is not None
-    assert loaded.history.to_frame().equals(edit.history.to_frame())
-    assert dict(loaded.method) == json.loads(json.dumps(dict(edit.method)))
-    assert [p.name for p in path.parent.iterdir()] == ["edit.safetensors"]
-
-
-def test_bad_files_are_refused(make_model: Make, tmp_path: Path) -> None:
-    model, path = make_model("gpt2"), tmp_path / "edit.safetensors"
-    edit = random_edit(model, 0)
-    with pytest.raises(FileNotFoundError, match="no edit file"):
-        ad.Edit.load(path, model)
-    path.write_bytes(b"not an edit")
-    with pytest.raises(ValueError, match="damaged or no edit"):
-        ad.Edit.load(path, model)
-    save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="is no edit"):
-        ad.Edit.load(path, model)
-    edit.save(path)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="damaged or no edit"):
-        ad.Edit.load(path, model)
-    broken = ad.LowRankUpdate(edit.updates[1].keys * float("nan"), edit.updates[1].values)
-    ad.Edit({1: broken}, edit.requests, edit.fingerprint, "x").save(path)
-    with pytest.raises(ValueError, match="not finite"):
-        ad.Edit.load(path, model)
-    record = {"requests": [], "fingerprint": edit.fingerprint, "model_name": "x", "method": {}}
-    tensors = {"layers.1.keys": torch.ones(1, 128), "layers.1.values": torch.ones(1, 32)}
-    counts = {name: tensor.long() for name, tensor in tensors.items()}
-    for content, changed, message in [
-        (counts, {}, "not of floats"),
-        ({}, {}, "has no layers"),
-        ({"layers.1.keys": torch.ones(2, 128), "layers.1.values": torch.ones(1, 32)}, {}, "do not match"),
-        ({"layers.1.keys": torch.ones(1, 128)}, {}, "KeyError"),
-        ({"layers.x.keys": torch.ones(1, 128)}, {}, "ValueError"),
-        (tensors, {"requests": [5]}, "TypeError"),
-        (tensors, {"requests": [{"prompt": "none", "subject": "a", "target_new": "x", "rephrasings": []}]}, "0 places"),
-    ]:
-        metadata = {"format": "attn_drift.edit.1", "record": json.dumps({**record, **changed})}
-        save_file(content, path, metadata=metadata)
-        with pytest.raises(ValueError, match=message):
-            ad.Edit.load(path, model)
-
-
-def test_file_of_another_model_is_refused(make_model: Make, tmp_path: Path) -> None:
-    model, other, path = make_model("gpt2"), make_model("llama"), tmp_path / "edit.safetensors"
-    edit = random_edit(model, 0)
-    edit.save(path)
-    with pytest.raises(ValueError, match="was made for"):
-        ad.Edit.load(path, other)
-    # A model with edits written in it is still the one that they were made for; one changed otherwise is not.
-    random_edit(model, 1).write_to(model)
-    assert ad.Edit.load(path, model).updates.keys() == {1}
-    changed = make_model("gpt2")
-    with torch.no_grad():
-        down_projection(changed, 0).mul_(1.01)
-    with pytest.raises(ValueError, match="without changed weights"):
-        ad.Edit.load(path, changed)
 
 
 def test_applying_to_other_weights_is_said(make_model: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -310,15 +308,6 @@ def test_an_edit_does_not_count_twice(make_model: Make) -> None:
     edit.remove_from(model)
     with both.applied(model):
         pass
-
-
-def test_edits_made_on_top_of_others_reload(make_model: Make, tmp_path: Path) -> None:
-    model = make_model("gpt2")
-    random_edit(model, 0).write_to(model)
-    second = random_edit(model, 1)
-    second.save(tmp_path / "second")
-    second.write_to(model)
-    assert ad.Edit.load(tmp_path / "second", model).requests == second.requests
 
 
 def test_written_edits_survive_changes_of_the_value_and_casts_are_named(make_model: Make) -> None:

@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import attn_drift as ad
 from attn_drift.editors.memit import MEMITConfig, batch_direction, memit
 from attn_drift.editors.shared import at_subjects
-from attn_drift.editors.spread import spread
+from attn_drift.editors.spread import Spread
 from attn_drift.hooks import stream_point
 from attn_drift.models import fingerprint, float64_device, mlp_width
 from attn_drift.rewriting import request_texts
@@ -106,9 +106,10 @@ def test_updates_equal_the_reference(
     config = MEMITConfig(layers=layers, steps=4, learning_rate=0.1, moment_weight=weight, clamp=4.0)
     moments = moments_of(model)
     texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
-    values = optimise_values(model, stream_point(layers[-1], "resid"), texts, config)
+    values = optimise_values(model, [stream_point(layers[-1], "resid")], texts, config)
     factored = {layer: moments[layer].factored(config.ridge, float64_device(model)) for layer in layers}
-    found = spread(model, texts, values, layers, lambda layer, K: batch_direction(K, factored[layer], weight))
+    spread = Spread(model, [texts], layers, lambda layer, K: batch_direction(K, factored[layer], weight), config.site)
+    (found,) = spread.by_batch(spread.of(torch.stack([value.deltas for value in values])))
     matrices = {layer: moment.matrix for layer, moment in moments.items()}
     expected = reference(architecture, layers, [value.delta for value in values], matrices, weight)
     for layer in layers:
@@ -125,7 +126,7 @@ def test_one_layer_and_request_and_no_weight_map_the_key_to_the_value(make_model
     config = MEMITConfig(layers=(1,), steps=5, learning_rate=0.2, moment_weight=1e-9, clamp=4.0)
     edit = memit(model, request, config=config, contexts=["{}"], moments=moments_of(model))
     texts = request_texts(model, request, ["{}"])
-    value = optimise_values(model, stream_point(1, "resid"), [texts], config)[0]
+    value = optimise_values(model, [stream_point(1, "resid")], [texts], config)[0]
     point = stream_point(1, "resid")
     with edit.applied(model):
         now = at_subjects(model, [point], texts.rewriting, 2)[0][0]

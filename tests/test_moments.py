@@ -1,8 +1,10 @@
 """Second moments and the texts they are taken over."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +17,9 @@ from transformer_lens.model_bridge import TransformerBridge
 import attn_drift as ad
 from attn_drift.hooks import key_point, read
 from attn_drift.models import fingerprint, origin
+from attn_drift.moments import sampled_moments
 from attn_drift.sampling import sample_contexts, sample_documents
-from attn_drift.tokens import encode, pad
+from attn_drift.tokens import Tokens, encode, pad
 
 Make = Callable[..., TransformerBridge]
 TEXTS = ["Ada Bellini plays the cello", "The man", "Carla Moreau was seen in town.", "I", "Ada plays"] * 9
@@ -65,9 +68,10 @@ def test_sampled_moment_is_cached_by_what_it_depends_on(
     make_model: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path))
+    monkeypatch.setattr("attn_drift.moments.SAMPLED_TOKENS", 2_000)
     model = make_model("gpt2")
     first = ad.sampled_moment(model, 1)
-    assert first.n_tokens >= 50_000
+    assert first.n_tokens >= 2_000
     files = {p.name for p in (tmp_path / "moments").iterdir()}
     assert len(files) == 1
     assert torch.equal(ad.sampled_moment(model, 1).matrix, first.matrix)
@@ -79,10 +83,32 @@ def test_sampled_moment_is_cached_by_what_it_depends_on(
     assert len(list((tmp_path / "moments").iterdir())) == 4
 
 
+def test_text_is_sampled_once_for_all_layers(make_model: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, lengths = make_model("gpt2"), []
+
+    def sampled(*arguments: object) -> list[Tokens]:
+        lengths.append(arguments[1])
+        return sample_documents(model, 500, 20, seed=0)
+
+    monkeypatch.setattr("attn_drift.moments.sample_documents", sampled)
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "one by one"))
+    alone = {layer: ad.sampled_moment(model, layer) for layer in (2, 0, 1)}
+    assert lengths == [50_000] * 3
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "together"))
+    ad.sampled_moment(model, 1)
+    together = sampled_moments(model, [2, 0, 1])
+    assert lengths == [50_000] * 5 and list(together) == [2, 0, 1]
+    assert all(torch.equal(together[layer].matrix, alone[layer].matrix) for layer in alone)
+    one, other = ({p.name for p in tmp_path.glob(f"{folder}/*/*")} for folder in ("one by one", "together"))
+    assert one == other and len(one) == 3
+    assert list(sampled_moments(model, [0])) == [0] and len(lengths) == 5
+
+
 def test_nothing_made_with_an_edit_in_effect_is_cached(
     make_model: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "edited"))
+    monkeypatch.setattr("attn_drift.moments.SAMPLED_TOKENS", 2_000)
     model = make_model("gpt2")
     with random_edit(model, 0, (0,)).applied(model):
         edited, changed = sample_contexts(model), ad.sampled_moment(model, 1)
@@ -187,3 +213,72 @@ def test_bad_moments_are_named(make_model: Make) -> None:
         edit(ad.SecondMoment(1, good.matrix.float(), 1, good.fingerprint))
     with pytest.raises(ValueError, match="no texts were given"):
         ad.second_moment(model, 1, [])
+
+
+def rome_npz(path: Path, **changed: object) -> Path:
+    """As ROME's `tally` writes it for a CombinedStat: sums in float32, with the names of their statistics."""
+    keys = np.random.default_rng(0).standard_normal((50, 128)).astype(np.float32)
+    arrays = {
+        "mom2.constructor": "util.runningstats.SecondMoment()",
+        "mom2.count": 50,
+        "mom2.mom2": keys.T @ keys,
+        "sample_size": 100_000,
+    }
+    np.savez(path, **{name: value for name, value in (arrays | changed).items() if value is not None})
+    return path
+
+
+def test_import_of_rome_files(small: TransformerBridge, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    moment = ad.SecondMoment.from_rome_npz(rome_npz(tmp_path / "a_mom2.npz"), small, 1)
+    keys = np.random.default_rng(0).standard_normal((50, 128)).astype(np.float32).astype(float)
+    np.testing.assert_allclose(moment.matrix.numpy(), keys.T @ keys / 50, rtol=1e-5, atol=1e-6)
+    assert torch.equal(moment.matrix, moment.matrix.T) and moment.n_tokens == 50
+    moment.check_fits(small, 1)
+    assert "does not say of which model and layer it is; it is taken to be of layer 1" in caplog.text
+    moment.save(tmp_path / "moment.safetensors")
+    assert ad.SecondMoment.load(tmp_path / "moment.safetensors").source["text"] == "imported from a_mom2.npz"
+
+
+class _Unpickled:
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return pytest.fail, ("something was unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"mom2.mom2": None}, r"\['mom2.mom2'\] are missing"),
+        ({"mom2.count": None}, r"\['mom2.count'\] are missing"),
+        ({"mom2.count": 0}, "the count 0; expected a whole number"),
+        ({"mom2.count": 2.5}, "the count 2.5"),
+        ({"mom2.mom2": np.zeros((64, 64))}, r"shape \[64, 64\]; the layer needs floats of shape \[128, 128\]"),
+        ({"mom2.mom2": np.zeros((128, 128), int)}, "int64 array"),
+        ({"mom2.mom2": np.full((128, 128), np.nan)}, "NaN or infinite"),
+        ({"mom2.mom2": np.array([_Unpickled()])}, "holds no second moments .* allow_pickle=False"),
+        ({"mom2.count": np.array(_Unpickled())}, "holds no second moments .* allow_pickle=False"),
+    ],
+)
+def test_bad_rome_files_are_named(
+    changed: dict[str, object], said: str, small: TransformerBridge, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        ad.SecondMoment.from_rome_npz(rome_npz(tmp_path / "a.npz", **changed), small, 1)
+
+
+def test_what_is_no_rome_file(small: TransformerBridge, tmp_path: Path) -> None:
+    path = rome_npz(tmp_path / "a.npz")
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"is no \.npz file"):
+        ad.SecondMoment.from_rome_npz(path, small, 1)
+    path.write_bytes(pickle.dumps(_Unpickled()))
+    with pytest.raises(ValueError, match=r"is no \.npz file"):
+        ad.SecondMoment.from_rome_npz(path, small, 1)
+    damaged = bytearray(rome_npz(path).read_bytes())
+    damaged[20_000] ^= 255
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="holds no second moments"):
+        ad.SecondMoment.from_rome_npz(path, small, 1)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        ad.SecondMoment.from_rome_npz(tmp_path / "none", small, 1)
+    with pytest.raises(ValueError, match="layer 3 is out of range"):
+        ad.SecondMoment.from_rome_npz(path, small, 3)

@@ -186,7 +186,7 @@ def test_published_settings_equal_reference(make_model: Make, clamp: float) -> N
     config = ad.ROMEConfig(layer=1, steps=10, clamp=clamp)
     edit = ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment_of(model, 1))
     texts = request_texts(model, request, CONTEXTS)
-    v0 = optimise_values(model, value_point(1), [texts], config)[0].v0
+    v0 = optimise_values(model, [value_point(1)], [texts], config)[0].v0
     on_the_ball = edit.updates[1].values.norm().item() == pytest.approx(clamp * v0.norm().item())
     assert on_the_ball == (clamp < 1)
 

@@ -47,8 +47,8 @@ def test_cached_prefixes_change_nothing(
     assert len(batches) > 2 and (batches[0].offset == 0) is not bos
     config = ValueConfig(steps=20, learning_rate=0.1)
     term = None if restrict is None else restrict.bind(model, 0)
-    fast = optimise_values(model, value_point(0), texts, config, term)
-    plain = optimise_values(model, value_point(0), texts, config, term, whole=True)
+    fast = optimise_values(model, [value_point(0)], texts, config, term)
+    plain = optimise_values(model, [value_point(0)], texts, config, term, whole=True)
     for a, b in zip(fast, plain, strict=True):
         # Llama takes its softmax in float32, whose rounding depends on the shape of the batch.
         assert (a.delta - b.delta).norm() <= 1e-5 * b.delta.norm()

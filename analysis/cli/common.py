@@ -10,8 +10,12 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
     import torch
+
+    from attn_drift.cases import Case, Task
 
 # The libraries behind the commands take seconds to import, so that each command imports what it needs.
 
@@ -42,6 +46,30 @@ def precision_of(dtype: str) -> "torch.dtype":
     if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
         raise ValueError(f"the dtype is {dtype!r}; expected float32, bfloat16, float16 or float64")
     return precision
+
+
+def cases_of(
+    model: str, path: Path | None, needed: "Sequence[Task]", n: int, seed: int, skip_invalid: bool
+) -> "list[Case]":
+    """The first ``n`` cases of a file that have texts of the tasks ``needed``; the demo model has its own without one.
+
+    Nothing slow is imported.
+    """
+    from attn_drift.cases import having
+    from attn_drift.datasets import read_cases
+
+    if path is not None:
+        given = having(read_cases(path, skip_invalid=skip_invalid), needed, n)
+        if len(given) < n:
+            console.print(f"{len(given)} cases of {path} have all texts", markup=False, soft_wrap=True)
+        return given
+    if model != "demo":
+        raise ValueError(f"no cases were given for {model}; give --cases FILE (the demo model alone has its own)")
+    from attn_drift.demo.cases import demo_cases
+    from attn_drift.demo.world import World
+    from attn_drift.models import demo_folder
+
+    return demo_cases(World.load(demo_folder() / "world.json"), n, seed)
 
 
 def quiet() -> None:

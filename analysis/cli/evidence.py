@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from analysis.cli.common import Device, Dtype, Model, Out, Seed, SkipInvalid, app, console, precision_of, quiet, show
+from analysis.cli.common import (
+    Device,
+    Dtype,
+    Model,
+    Out,
+    Seed,
+    SkipInvalid,
+    app,
+    cases_of,
+    console,
+    precision_of,
+    quiet,
+    show,
+)
 
 if TYPE_CHECKING:
     from attn_drift.cases import Case
@@ -28,10 +41,11 @@ def evidence_of_a_model(
     device: Device = None,
 ) -> None:
     """Why edits break other knowledge: patching, substitution, correlation, heads, and what else would help."""
-    from analysis.evidence import check_cases
+    from analysis.evidence import NEEDED, check_cases
 
-    given, wordings = _cases(model, cases, edits, seed, skip_invalid)
+    given = cases_of(model, cases, NEEDED, edits, seed, skip_invalid)
     check_cases(given, studied)
+    wordings = _own_wordings(given) if cases is None else None
     from analysis.evidence.run import evidence
     from attn_drift.models import load_model
 
@@ -61,25 +75,11 @@ def evidence_of_a_model(
     console.print(f"Everything else: {out / 'report.html'}, evidence.json, tables", markup=False, soft_wrap=True)
 
 
-def _cases(
-    model: str, path: Path | None, n: int, seed: int, skip_invalid: bool
-) -> "tuple[list[Case], list[tuple[str, ...]] | None]":
-    """Cases and, for the demo's own, further wordings; read before anything slow is imported."""
-    from analysis.evidence import NEEDED
-    from attn_drift.cases import having
-    from attn_drift.datasets import read_cases
-
-    if path is not None:
-        given = having(read_cases(path, skip_invalid=skip_invalid), NEEDED, n)
-        if len(given) < n:
-            console.print(f"{len(given)} cases of {path} have all texts", markup=False, soft_wrap=True)
-        return given, None
-    if model != "demo":
-        raise ValueError(f"no cases were given for {model}; give --cases FILE (the demo model alone has its own)")
-    from attn_drift.demo.cases import demo_cases, further_wordings
+def _own_wordings(cases: "list[Case]") -> "list[tuple[str, ...]]":
+    """Further wordings of the demo's own cases."""
+    from attn_drift.demo.cases import further_wordings
     from attn_drift.demo.world import World
     from attn_drift.models import demo_folder
 
     world = World.load(demo_folder() / "world.json")
-    given = demo_cases(world, n, seed)
-    return given, [further_wordings(world, case) for case in given]
+    return [further_wordings(world, case) for case in cases]

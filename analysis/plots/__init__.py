@@ -3,6 +3,8 @@
 from analysis.plots.attention import attention_rows, drift_heatmap, layer_maximum
 from analysis.plots.correlation import correlation
 from analysis.plots.heads import by_layer, head_map, heads_by_step
+from analysis.plots.layers import layer_scores
+from analysis.plots.moments import moment_convergence
 from analysis.plots.optimisation import loss_history
 from analysis.plots.scores import case_scatter, metric_bars, tradeoff
 
@@ -15,7 +17,9 @@ __all__ = [
     "head_map",
     "heads_by_step",
     "layer_maximum",
+    "layer_scores",
     "loss_history",
     "metric_bars",
+    "moment_convergence",
     "tradeoff",
 ]

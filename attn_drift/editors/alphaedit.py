@@ -6,34 +6,34 @@ P projects on the null space of the second moment C (eigenvalues under a thresho
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.editors.shared import listed, texts_of
-from attn_drift.editors.spread import SpreadConfig, check_layers, check_moments, spread
+from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
+from attn_drift.editors.shared import listed
+from attn_drift.editors.spread import Directions
 from attn_drift.edits import Edit
-from attn_drift.hooks import stream_point
-from attn_drift.models import fingerprint, float64_device
-from attn_drift.moments import SecondMoment, sampled_moment
+from attn_drift.moments import SecondMoment
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
-from attn_drift.values import optimise_values
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaEditConfig(SpreadConfig):
-    """AlphaEdit's settings.
+class AlphaEditConfig(MultiLayerConfig):
+    """AlphaEdit's settings; `for_model` gives the published ones.
 
     Attributes:
         nullspace_threshold: eigenvalues of the second moment below it span the null space.
         l2: weight of the ridge in the solve.
     """
+
+    editor: ClassVar[str] = "alphaedit"
 
     nullspace_threshold: float = 0.02
     l2: float = 10.0
@@ -45,12 +45,17 @@ class AlphaEditConfig(SpreadConfig):
                 f"nullspace_threshold is {self.nullspace_threshold} and l2 {self.l2}; expected both to be positive"
             )
 
+    def directions(self, moments: Mapping[int, SecondMoment], device: torch.device, earlier: Edit | None) -> Directions:
+        served = _served(earlier, self.layers)
+        spaces = {layer: moment.null_space(self.nullspace_threshold, device) for layer, moment in moments.items()}
+        return lambda layer, keys: nullspace_direction(keys, served.get(layer), spaces[layer], self.l2)
+
 
 def alphaedit(
     model: TransformerBridge,
     requests: EditRequest | Sequence[EditRequest],
     *,
-    config: AlphaEditConfig,
+    config: AlphaEditConfig | None = None,
     contexts: Sequence[str] | None = None,
     moments: Mapping[int, SecondMoment] | None = None,
     restrict: Restriction | None = None,
@@ -62,11 +67,12 @@ def alphaedit(
     Args:
         model: the model.
         requests: one, or several, which are written together.
-        config: settings.
+        config: settings; `AlphaEditConfig.for_model(model)` when None.
         contexts: templates that end in ``{}``, where the prompt goes; the empty one, ``"{}"``, is always first.
             `sample_contexts` when None.
-        moments: per edited layer the second moment of its keys; `sampled_moment` when None.
-        restrict: a loss term that restricts what the edit may do above the last edited layer, such as `SADR`.
+        moments: per edited layer the second moment of its keys; `sampled_moments` when None.
+        restrict: a loss term that restricts what the edit may do above the last edited layer (or above the first, see
+            `MultiLayerConfig.restricted`), such as `SADR`.
         after: an earlier edit of this editor, or a sum of several: it is in effect while this one is made, and its
             keys are spared. The two may be added.
         generator: of the contexts that are sampled here; seed 0 when None.
@@ -75,46 +81,31 @@ def alphaedit(
         ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, a weight
             that is not finite, no null space, or an earlier edit that does not tell its keys; before the model runs.
     """
-    several, last = listed(requests), config.layers[-1]
-    check_layers(model, config.layers)
-    term = None if restrict is None else restrict.bind(model, last)
-    earlier = _earlier(after, config.layers)
-    spaces = {} if moments is None else _null_spaces(model, moments, config)
-    texts = texts_of(model, several, contexts, config.context_lengths, generator)
-    if moments is None:
-        spaces = _null_spaces(model, {layer: sampled_moment(model, layer) for layer in config.layers}, config)
-
-    def directions(layer: int, keys: Float64[Tensor, "d_mlp n"]) -> Float64[Tensor, "d_mlp n"]:
-        return nullspace_direction(keys.to(spaces[layer]), earlier.get(layer), spaces[layer], config.l2)
-
-    with nullcontext() if after is None else after.applied(model):
-        values = optimise_values(model, stream_point(last, "resid"), texts, config, term)
-        updates = spread(model, texts, values, config.layers, directions)
-    method = {"editor": "alphaedit", "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
-    return Edit(
-        updates, tuple(several), fingerprint(model), model.cfg.model_name, method, tuple(v.history for v in values)
+    config = AlphaEditConfig.for_model(model) if config is None else config
+    (edit,) = edit_batches(
+        model,
+        [listed(requests)],
+        config,
+        contexts=contexts,
+        moments=moments,
+        restrict=restrict,
+        after=after,
+        generator=generator,
     )
+    return edit
 
 
-def _earlier(after: Edit | None, layers: Sequence[int]) -> dict[int, Float64[Tensor, "d_mlp n"]]:
-    """The keys of earlier edits, by layer."""
-    if after is None:
+def _served(earlier: Edit | None, layers: Sequence[int]) -> dict[int, Float64[Tensor, "d_mlp n"]]:
+    """The keys of an earlier edit, by layer."""
+    if earlier is None:
         return {}
     found = {}
-    for layer in sorted(set(layers) & set(after.updates)):
-        served = after.updates[layer].served
+    for layer in sorted(set(layers) & set(earlier.updates)):
+        served = earlier.updates[layer].served
         if served is None:
-            raise ValueError(f"{after!r} does not tell which keys it serves; give edits that alphaedit made")
+            raise ValueError(f"{earlier!r} does not tell which keys it serves; give edits that alphaedit made")
         found[layer] = served.T.double()
     return found
-
-
-def _null_spaces(
-    model: TransformerBridge, moments: Mapping[int, SecondMoment], config: AlphaEditConfig
-) -> dict[int, Float64[Tensor, "d_mlp null"]]:
-    check_moments(model, moments, config.layers)
-    device = float64_device(model)
-    return {layer: moments[layer].null_space(config.nullspace_threshold, device) for layer in config.layers}
 
 
 def nullspace_direction(

@@ -4,33 +4,35 @@ Delta_l = R_l K_l^T (lambda C_l + K_l K_l^T)^-1
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.editors.shared import listed, texts_of
-from attn_drift.editors.spread import SpreadConfig, check_layers, check_moments, spread
+from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
+from attn_drift.editors.shared import listed
+from attn_drift.editors.spread import Directions
 from attn_drift.edits import Edit
-from attn_drift.hooks import stream_point
-from attn_drift.models import fingerprint, float64_device
-from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
+from attn_drift.moments import FactoredMoment, SecondMoment
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
-from attn_drift.values import optimise_values
 
 
 @dataclass(frozen=True, kw_only=True)
-class MEMITConfig(SpreadConfig):
-    """MEMIT's settings.
+class MEMITConfig(MultiLayerConfig):
+    """MEMIT's settings; `for_model` gives the published ones.
 
     Attributes:
         moment_weight: ``lambda``, of the second moment in the solve: how many keys it counts as.
-        ridge: added to each second moment's diagonal, in units of its mean.
+        ridge: added to each second moment's diagonal, in units of its mean. 0 in the published presets; needed where
+            the moment comes from little text.
     """
+
+    editor: ClassVar[str] = "memit"
 
     moment_weight: float = 15_000.0
     ridge: float = 1e-4
@@ -43,12 +45,16 @@ class MEMITConfig(SpreadConfig):
                 "second not negative"
             )
 
+    def directions(self, moments: Mapping[int, SecondMoment], device: torch.device, earlier: Edit | None) -> Directions:
+        factored = {layer: moment.factored(self.ridge, device) for layer, moment in moments.items()}
+        return lambda layer, keys: batch_direction(keys, factored[layer], self.moment_weight)
+
 
 def memit(
     model: TransformerBridge,
     requests: EditRequest | Sequence[EditRequest],
     *,
-    config: MEMITConfig,
+    config: MEMITConfig | None = None,
     contexts: Sequence[str] | None = None,
     moments: Mapping[int, SecondMoment] | None = None,
     restrict: Restriction | None = None,
@@ -59,44 +65,29 @@ def memit(
     Args:
         model: the model.
         requests: one, or several, which are written together.
-        config: settings.
+        config: settings; `MEMITConfig.for_model(model)` when None.
         contexts: templates that end in ``{}``, where the prompt goes; the empty one, ``"{}"``, is always first.
             `sample_contexts` when None.
-        moments: per edited layer the second moment of its keys; `sampled_moment` when None.
-        restrict: a loss term that restricts what the edit may do above the last edited layer, such as `SADR`.
+        moments: per edited layer the second moment of its keys; `sampled_moments` when None.
+        restrict: a loss term that restricts what the edit may do above the last edited layer (or above the first, see
+            `MultiLayerConfig.restricted`), such as `SADR`.
         generator: of the contexts that are sampled here; seed 0 when None.
 
     Raises:
         ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, or a
             weight that is not finite; before the model runs.
     """
-    several, last = listed(requests), config.layers[-1]
-    check_layers(model, config.layers)
-    term = None if restrict is None else restrict.bind(model, last)
-    factored = {} if moments is None else _factored(model, moments, config)
-    texts = texts_of(model, several, contexts, config.context_lengths, generator)
-    if moments is None:
-        factored = _factored(model, {layer: sampled_moment(model, layer) for layer in config.layers}, config)
-    values = optimise_values(model, stream_point(last, "resid"), texts, config, term)
-    updates = spread(
+    config = MEMITConfig.for_model(model) if config is None else config
+    (edit,) = edit_batches(
         model,
-        texts,
-        values,
-        config.layers,
-        lambda layer, keys: batch_direction(keys, factored[layer], config.moment_weight),
+        [listed(requests)],
+        config,
+        contexts=contexts,
+        moments=moments,
+        restrict=restrict,
+        generator=generator,
     )
-    method = {"editor": "memit", "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
-    return Edit(
-        updates, tuple(several), fingerprint(model), model.cfg.model_name, method, tuple(v.history for v in values)
-    )
-
-
-def _factored(
-    model: TransformerBridge, moments: Mapping[int, SecondMoment], config: MEMITConfig
-) -> dict[int, FactoredMoment]:
-    check_moments(model, moments, config.layers)
-    device = float64_device(model)
-    return {layer: moments[layer].factored(config.ridge, device) for layer in config.layers}
+    return edit
 
 
 def batch_direction(

@@ -11,9 +11,9 @@ r-ROME (2403.07175) is the latter with the mean of all keys alone, ``K = [k_mean
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Literal, overload
+from typing import ClassVar, Literal, overload
 
 import torch
 from jaxtyping import Float, Float64
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.presets import preset
-from attn_drift.editors.shared import at_subjects, listed, texts_of
+from attn_drift.editors.shared import at_subjects, listed, method_record, texts_of, warn_of_explosion
 from attn_drift.edits import Edit
 from attn_drift.hooks import key_point, value_point
 from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
@@ -30,7 +30,7 @@ from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
 from attn_drift.rewriting import RequestTexts
 from attn_drift.sampling import ROME_LENGTHS
-from attn_drift.values import OptimisedValue, ValueConfig, optimise_values
+from attn_drift.values import ValueConfig, optimise_values, restricted_by_updates
 from attn_drift.weights import LowRankUpdate
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class ROMEConfig(ValueConfig):
         context_lengths: of the contexts that are sampled when none are handed in, see `sample_contexts`.
     """
 
+    editor: ClassVar[str] = "rome"
+
     layer: int
     ridge: float = 1e-4
     keys: Literal["constrained", "mean"] = "constrained"
@@ -70,14 +72,22 @@ class ROMEConfig(ValueConfig):
         if self.keys not in ("constrained", "mean"):
             raise ValueError(f"keys is {self.keys!r}; expected 'constrained' or 'mean'")
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited layers: one."""
+        return (self.layer,)
+
+    @property
+    def restricted_above(self) -> int:
+        """The layer above which a restriction holds."""
+        return self.layer
+
     @classmethod
     def for_model(cls, model: TransformerBridge) -> "ROMEConfig":
         """The preset of the model's name, or, said in the log, ROME's usual settings at a quarter of the depth."""
         settings = preset("rome", model)
         if settings is not None:
-            lengths = tuple(tuple(pair) for pair in settings.get("context_lengths", ROME_LENGTHS))
-            own = {name: value for name, value in settings.items() if name != "gamma"}
-            return cls(**{**own, "context_lengths": lengths})
+            return cls(**{name: value for name, value in settings.items() if name != "gamma"})
         layer = min(round(DEPTH * model.cfg.n_layers), max(0, model.cfg.n_layers - 2))
         log.warning(
             "%s has no preset for ROME: layer %d of %d was chosen by depth, the rest is ROME's usual; pass config=",
@@ -154,42 +164,38 @@ def rome(
     texts = texts_of(model, several, contexts, config.context_lengths, generator)
     if factored is None:
         factored = sampled_moment(model, config.layer).factored(config.ridge, float64_device(model))
-    values = optimise_values(model, value_point(config.layer), texts, config, term)
-    edits = _edits(model, texts, values, config, factored, restrict)
+    values = optimise_values(model, [value_point(config.layer)], texts, config, term)
+    weights = [_direction(model, config, request, factored) for request in texts]
+    updates = [_update(weight, value.delta) for weight, value in zip(weights, values, strict=True)]
+    histories = [value.history for value in values]
+    if term is not None:
+        seen = {config.layer: (torch.stack([u.keys for u in updates]), torch.stack([u.values for u in updates]))}
+        resulted = restricted_by_updates(model, texts, term, seen)
+        histories = [replace(own, resulted=loss) for own, loss in zip(histories, resulted, strict=True)]
+    identity, method = fingerprint(model), method_record("rome", config, restrict)
+    edits = [
+        Edit({config.layer: update}, (request,), identity, model.cfg.model_name, method, (history,))
+        for request, update, history in zip(several, updates, histories, strict=True)
+    ]
+    for edit in edits:
+        warn_of_explosion(model, edit)
     return edits[0] if single else edits
 
 
-def _edits(
-    model: TransformerBridge,
-    texts: Sequence[RequestTexts],
-    values: Sequence[OptimisedValue],
-    config: ROMEConfig,
-    moment: FactoredMoment,
-    restrict: Restriction | None,
-) -> list[Edit]:
-    identity = fingerprint(model)
-    method = {"editor": "rome", "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
-    edits = []
-    for request, value in zip(texts, values, strict=True):
-        keys = subject_keys(model, config.layer, request)
-        if config.keys == "mean":
-            weight = constrained_direction(keys.mean(0)[:, None], moment)
-        elif len(request.request.wordings) > 1:
-            weight = constrained_direction(_wording_keys(keys, request), moment)
-        else:
-            weight = key_direction(keys, request, moment)
-        update = LowRankUpdate(weight.to(value.delta.dtype).cpu()[None], value.delta.cpu()[None])
-        edits.append(
-            Edit(
-                {config.layer: update},
-                (request.request,),
-                identity,
-                model.cfg.model_name,
-                dict(method),
-                (value.history,),
-            )
-        )
-    return edits
+def _update(weight: Float64[Tensor, " d_mlp"], delta: Float[Tensor, " d_model"]) -> LowRankUpdate:
+    return LowRankUpdate(weight.to(delta.dtype).cpu()[None], delta.cpu()[None])
+
+
+def _direction(
+    model: TransformerBridge, config: ROMEConfig, texts: RequestTexts, moment: FactoredMoment
+) -> Float64[Tensor, " d_mlp"]:
+    """The direction in key space that the update of a request answers to."""
+    keys = subject_keys(model, config.layer, texts)
+    if config.keys == "mean":
+        return constrained_direction(keys.mean(0)[:, None], moment)
+    if len(texts.request.wordings) > 1:
+        return constrained_direction(_wording_keys(keys, texts), moment)
+    return key_direction(keys, texts, moment)
 
 
 def subject_keys(model: TransformerBridge, layer: int, texts: RequestTexts) -> Float[Tensor, "text d_mlp"]:

@@ -1,17 +1,29 @@
 """What all locate-then-edit editors share: the texts of their requests, and activations at the subjects."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.edits import Edit
 from attn_drift.hooks import read
+from attn_drift.models import down_projection
 from attn_drift.requests import SLOT, EditRequest
+from attn_drift.restriction import Restriction
 from attn_drift.rewriting import RequestTexts, RewritingText, request_texts
 from attn_drift.sampling import sample_contexts
 from attn_drift.tokens import pad
+from attn_drift.values import ValueConfig
+
+log = logging.getLogger(__name__)
+
+# Norm of an update, in units of the weight's, from which on it is said to explode.
+EXPLODED = 1.0
 
 Lengths = tuple[tuple[int, int], ...]
 
@@ -58,6 +70,25 @@ def _check_room(model: TransformerBridge, requests: Sequence[EditRequest], lengt
                     f"tokens than the model's context of {model.cfg.n_ctx}; shorten it or hand in contexts: "
                     f"{text.completion.tokens.text[:60]!r}"
                 )
+
+
+def method_record(editor: str, config: ValueConfig, restrict: Restriction | None) -> dict[str, Any]:
+    """What an edit keeps of how it was made."""
+    return {"editor": editor, "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
+
+
+def warn_of_explosion(model: TransformerBridge, edit: Edit) -> None:
+    """Says in the log where an update is so large that the model will likely not survive it."""
+    for layer, update in edit.updates.items():
+        norm, weight = float(update.norm()), float(down_projection(model, layer).detach().float().norm())
+        if norm > EXPLODED * weight:
+            log.warning(
+                "the update of layer %d explodes: its norm is %.3g, that of the weight %.3g (%r)",
+                layer,
+                norm,
+                weight,
+                edit,
+            )
 
 
 def at_subjects(

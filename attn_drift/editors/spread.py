@@ -1,101 +1,173 @@
-"""Values written into several layers: what MEMIT and AlphaEdit share (method.md, section 4).
+"""Values spread over several layers: what MEMIT, PMET and AlphaEdit share (method.md, section 4).
 
-    R_l = (Z - Z_now) / (layers left),   Delta_l = R_l D_l^T      for each layer l in order
+    R_l = (Z - Z_now) / share(layers left),   Delta_l = R_l D_l^T      for each layer l in order
 
-Z is the residual stream after the last edited layer at the subject-last token, plus the optimised delta; Z_now and the
-keys, from which an editor makes its directions D_l, are read anew after each layer. A request of several wordings has a
-column for each.
+Z is the activation at the site of the last edited layer and the subject-last token, plus the optimised delta; Z_now and
+the keys, from which an editor makes its directions D_l, are read anew after each layer. A request of several wordings
+has a column for each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.editors.shared import Lengths, at_subjects
-from attn_drift.hooks import attached, key_point, stream_point, updating
-from attn_drift.models import check_finite, check_layer, check_model
-from attn_drift.moments import SecondMoment
+from attn_drift.editors.shared import at_subjects
+from attn_drift.hooks import attached, key_point, updating
+from attn_drift.models import float64_device
 from attn_drift.rewriting import RequestTexts, RewritingText
-from attn_drift.values import OptimisedValue, ValueConfig
+from attn_drift.values import Deltas, Update
 from attn_drift.weights import LowRankUpdate
 
-# Of MEMIT's context templates: five of ten tokens, one for each first word.
-MEMIT_LENGTHS: Lengths = ((10, 1),)
+# Texts that are read in one run.
+ROWS_AT_ONCE = 256
 
 Keys = Float64[Tensor, "d_mlp n"]
-# What an editor makes of a layer's keys: one direction in key space for each.
+# What an editor makes of the keys that are written into a layer together: one direction in key space for each.
 Directions = Callable[[int, Keys], Keys]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpreadConfig(ValueConfig):
-    """How a value is optimised, and which layers it is written into.
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a value is read, and how the layers share what is left of it.
 
     Attributes:
-        layers: the edited layers, in ascending order.
-        context_lengths: of the contexts that are sampled when none are handed in, see `sample_contexts`.
+        point: the hook point of Z, in the last edited layer.
+        share: of the number of layers left, this one included: by what the rest is divided.
+        carries: whether what an earlier layer adds arrives there, as it does in the residual stream.
     """
 
-    layers: tuple[int, ...]
-    clamp: float = 0.75
-    context_lengths: Lengths = MEMIT_LENGTHS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"the layers are {self.layers}; expected at least one, ascending, each once")
+    point: str
+    share: Callable[[int], float]
+    carries: bool
 
 
-def check_layers(model: TransformerBridge, layers: Sequence[int]) -> None:
-    """Raises a ValueError for a model that cannot be edited, a layer that it lacks, or a weight that is not finite."""
-    check_model(model)
-    for layer in layers:
-        check_layer(model, layer)
-    check_finite(model)
+@dataclass(frozen=True, eq=False)
+class LayerUpdate:
+    """The update of one layer, with one rank for each column.
+
+    Attributes:
+        directions: in key space.
+        residuals: what each adds.
+        keys: which each maps.
+    """
+
+    directions: Float[Tensor, "column d_mlp"]
+    residuals: Float[Tensor, "column d_model"]
+    keys: Float[Tensor, "column d_mlp"]
 
 
-def check_moments(model: TransformerBridge, moments: Mapping[int, SecondMoment], layers: Sequence[int]) -> None:
-    """Raises a ValueError where a layer has no second moment, or one that does not fit the model."""
-    missing = [layer for layer in layers if layer not in moments]
-    if missing:
-        raise ValueError(f"second moments of the layers {sorted(moments)} were given; those of {missing} are missing")
-    for layer in layers:
-        moments[layer].check_fits(model, layer)
+class Spread:
+    """The updates that write optimised values into several layers.
 
+    Args:
+        model: the model.
+        batches: requests that are written together, by batch; batches do not see each other.
+        layers: the edited layers, ascending.
+        directions: the editor's.
+        site: where values are read.
+    """
 
-def spread(
-    model: TransformerBridge,
-    texts: Sequence[RequestTexts],
-    values: Sequence[OptimisedValue],
-    layers: Sequence[int],
-    directions: Directions,
-) -> dict[int, LowRankUpdate]:
-    """Updates that write optimised values into all layers, each taking its share of what is left."""
-    last = layers[-1]
-    wordings = [(r, rows) for r, request in enumerate(texts) for rows in _by_wording(request)]
-    alone = [rows[0] for _, rows in wordings]
-    every = [text for _, rows in wordings for text in rows]
-    lengths = [len(rows) for _, rows in wordings]
-    delta = torch.stack([values[r].delta for r, _ in wordings])
-    point = stream_point(last, "resid")
-    target = at_subjects(model, [point], alone, last + 1)[0].to(delta) + delta
-    updates: dict[int, LowRankUpdate] = {}
-    for i, layer in enumerate(layers):
-        hooks = [hook for done, update in updates.items() for hook in updating(done, update.keys, update.values)]
-        with attached(model, hooks):
-            now = at_subjects(model, [point], alone, last + 1)[0].to(delta)
-            keys = at_subjects(model, [key_point(layer)], every, layer + 1)[0]
-        parts = torch.split(keys.double(), lengths)
-        mean = torch.stack([own.mean(0) for own in parts], dim=1)
-        share = (target - now) / (len(layers) - i)
-        found, served = (columns.T.to(delta).cpu().contiguous() for columns in (directions(layer, mean), mean))
-        updates[layer] = LowRankUpdate(found, share.cpu(), served)
-    return updates
+    def __init__(
+        self,
+        model: TransformerBridge,
+        batches: Sequence[Sequence[RequestTexts]],
+        layers: Sequence[int],
+        directions: Directions,
+        site: Site,
+    ) -> None:
+        self.model, self.layers, self.directions, self.site = model, layers, directions, site
+        requests = [texts for batch in batches for texts in batch]
+        columns = [(r, rows) for r, texts in enumerate(requests) for rows in _by_wording(texts)]
+        batch_of = [b for b, batch in enumerate(batches) for _ in batch]
+        self.rows = [text for _, own in columns for text in own]
+        self.lengths = [len(own) for _, own in columns]
+        device = float64_device(model)
+        # Of each column its request, its batch, and the row of its context-free text.
+        self.request: Int[Tensor, " column"] = torch.tensor([r for r, _ in columns], device=device)
+        self.batch: Int[Tensor, " column"] = torch.tensor([batch_of[r] for r, _ in columns], device=device)
+        self.alone: Int[Tensor, " column"] = torch.tensor([0, *self.lengths[:-1]], device=device).cumsum(0)
+        self.row_batch = self.batch.repeat_interleave(torch.tensor(self.lengths, device=device))
+        self.request_batch = torch.tensor(batch_of, device=device)
+        self.n_batches = len(batches)
+        self.vanilla = self._read(layers[0], {})
+
+    def of(self, deltas: Deltas) -> dict[int, LayerUpdate]:
+        """The update of every layer, from deltas of all requests; those at the first site are written.
+
+        Exact in value. Its gradient takes an update of an earlier layer to arrive at the site as it is, and keys and
+        directions to be fixed.
+        """
+        delta = deltas[self.request, 0]
+        target = self.vanilla[1].to(delta) + delta.detach()
+        found: dict[int, LayerUpdate] = {}
+        arrived = torch.zeros_like(delta[:, :1])
+        for i, layer in enumerate(self.layers):
+            keys, now = self.vanilla if i == 0 else self._read(layer, found)
+            mean = torch.stack([own.double().mean(0) for own in torch.split(keys, self.lengths)], dim=1)
+            directions = torch.zeros_like(mean)
+            for own in self._members():
+                directions[:, own] = self.directions(layer, mean[:, own]).to(mean)
+            share = self.site.share(len(self.layers) - i)
+            linear = (1 - arrived) / share
+            residuals = (target - now.to(delta)) / share + linear * (delta - delta.detach())
+            if self.site.carries:
+                arrived = arrived + linear * (mean * directions).sum(0)[:, None].to(delta)
+            found[layer] = LayerUpdate(directions.T.to(delta), residuals, mean.T.to(delta))
+        return found
+
+    def by_batch(self, found: Mapping[int, LayerUpdate]) -> list[dict[int, LowRankUpdate]]:
+        """By batch, the update of every layer."""
+        return [
+            {
+                layer: LowRankUpdate(*(part[own].detach().cpu() for part in (u.directions, u.residuals, u.keys)))
+                for layer, u in found.items()
+            }
+            for own in self._members()
+        ]
+
+    def by_request(self, found: Mapping[int, LayerUpdate]) -> dict[int, Update]:
+        """The updates as each request sees them."""
+        return self._seen_by(found, self.request_batch)
+
+    def _members(self) -> list[Int[Tensor, " own"]]:
+        """The columns of each batch."""
+        return [(self.batch == b).nonzero()[:, 0] for b in range(self.n_batches)]
+
+    def _seen_by(self, found: Mapping[int, LayerUpdate], batch: Int[Tensor, " row"]) -> dict[int, Update]:
+        """The updates of each row's own batch; without an axis of rows where all rows have the same."""
+        if self.n_batches == 1:
+            return {layer: (update.directions, update.residuals) for layer, update in found.items()}
+        members = self._members()
+        rank = max(len(own) for own in members)
+        index = torch.stack([torch.cat([own, own[:1].expand(rank - len(own))]) for own in members])
+        present: Bool[Tensor, "batch rank"]
+        present = torch.arange(rank, device=index.device) < torch.tensor([[len(own)] for own in members]).to(index)
+        return {
+            layer: (
+                (update.directions[index] * present[..., None])[batch],
+                (update.residuals[index] * present[..., None])[batch],
+            )
+            for layer, update in found.items()
+        }
+
+    def _read(
+        self, layer: int, found: Mapping[int, LayerUpdate]
+    ) -> tuple[Float[Tensor, "row d_mlp"], Float[Tensor, "column d_model"]]:
+        """Keys of ``layer`` in all texts, and the site's activation in the context-free ones, under updates."""
+        points = [key_point(layer), self.site.point]
+        read: list[list[Tensor]] = []
+        for start in range(0, len(self.rows), ROWS_AT_ONCE):
+            own = slice(start, start + ROWS_AT_ONCE)
+            seen = self._seen_by(found, self.row_batch[own])
+            hooks = [h for done, (keys, values) in seen.items() for h in updating(done, keys.detach(), values.detach())]
+            with attached(self.model, hooks):
+                read.append(at_subjects(self.model, points, self.rows[own], self.layers[-1] + 1))
+        keys, site = (torch.cat([part[i] for part in read]).to(self.alone.device) for i in range(2))
+        return keys, site[self.alone]
 
 
 def _by_wording(request: RequestTexts) -> list[list[RewritingText]]:

@@ -1,0 +1,295 @@
+"""Which layer to edit: candidates scored by causal effect, and by how edits of a few facts do in each of them.
+
+The causal effect is ROME's average indirect effect (arXiv 2202.05262, section 2.1) of MLP outputs at the subject-last
+token, a window of layers around l, over facts that the model knows and over draws of noise:
+
+    AIE[l] = mean( p(o | noisy subject, outputs around l restored) - p(o | noisy subject) )
+
+Where a fact is found and where an edit of it does well need not agree (Hase et al., arXiv 2301.04213): the rule asks
+the edits first, and the causal effect only where they do not decide.
+
+1. An edit must take: p(new), over ES and PS texts, is within the noise of the best layer's.
+2. Of these layers, the one whose edits spare the rest most: the highest p(right), over NS and DNS texts.
+3. Of those within 0.01 of it, or where there are no such texts, the one with the highest causal effect.
+
+p(new) and p(right) are means over the two tasks. Within the noise: the 95 % interval of the difference, from drawing
+cases, reaches 0. Noise excuses a layer in the first step only: were it to in the second, few facts would leave the
+choice to the causal effect. Where the model knows none of the facts, the last step is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from analysis.evidence import LEAST_CASES
+from analysis.evidence.studies import ROMES_WINDOW
+from analysis.interventions import Text
+from analysis.methods import Supplies
+from analysis.specificity import Question, answer, check_input, check_texts, score
+from analysis.statistics import grouped_intervals, percentiles, resampled_means
+from analysis.substitution import causal_trace
+from attn_drift.cases import Case, Task
+from attn_drift.editors.presets import preset
+from attn_drift.editors.rome import ROMEConfig, rome
+from attn_drift.models import check_layer
+from attn_drift.tokens import encode_completion
+
+TASKS: tuple[Task, ...] = ("ES", "PS", "NS", "DNS")
+# Of which tasks' p_right the two probabilities are means.
+MEANS: dict[str, tuple[Task, ...]] = {"p_new": ("ES", "PS"), "p_right": ("NS", "DNS")}
+EFFECT = "effect"
+TIE = 0.01
+SHOWN = {"p_new": "p(new)", "p_right": "p(right)", EFFECT: "causal effect"}
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerScores:
+    """How candidate layers do; `best` is the one that the rule of this module chooses.
+
+    Attributes:
+        model: its name.
+        n_layers: of the model.
+        texts: `Scores.frame` of the edits in every candidate, with a column ``layer``.
+        traced: per known fact and layer: ``case``, ``layer``, and p of the old object without noise (``clean``), with
+            it (``corrupted``), and with the outputs around the layer ``restored``. Empty where the model knows none.
+        n_unknown: number of facts that are not traced, since the old object is not the model's first choice.
+        usual: the layer that `ROMEConfig.for_model` takes.
+        is_preset: whether that is a preset of the model; otherwise it was derived from the depth.
+        seed: of contexts, noise and intervals.
+    """
+
+    model: str
+    n_layers: int
+    texts: pd.DataFrame
+    traced: pd.DataFrame
+    n_unknown: int
+    usual: int
+    is_preset: bool
+    seed: int
+
+    def __repr__(self) -> str:
+        return f"LayerScores(L{self.best} of {self.layers}, {self.n_cases} cases)"
+
+    @property
+    def layers(self) -> list[int]:
+        """The candidates, in order."""
+        return sorted(int(layer) for layer in self.texts["layer"].unique())
+
+    @property
+    def n_cases(self) -> int:
+        """Number of facts that were edited in every layer."""
+        return int(self.texts["case"].nunique())
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per candidate: ``layer``; ``effect``, the pairwise score of each task, ``p_new`` and ``p_right``, each
+        with ``_low`` and ``_high`` and only where it was measured; and whether p_new is within the noise of the best
+        (``takes``), and p_right too, of the best of these (``alike``: more facts may tell such layers apart).
+        """
+        return self._frame.reset_index()
+
+    @cached_property
+    def _frame(self) -> pd.DataFrame:
+        frame = pd.DataFrame(index=pd.Index(self.layers, name="layer"))
+        traced = self.traced.assign(effect=self.traced["restored"] - self.traced["corrupted"])
+        for name, table, column in [(EFFECT, traced, EFFECT), *((t, self._of(t), "success") for t in TASKS)]:
+            if table[column].notna().any():
+                frame = frame.join(_intervals(table, column, name, self.seed))
+        passed = np.ones(len(frame), dtype=bool)
+        steps = {}
+        for (name, tasks), step in zip(MEANS.items(), ("takes", "alike"), strict=True):
+            if len(self._of(*tasks)):
+                means, draws = _means(self._of(*tasks), self.seed)
+                passed = _within_noise(means, draws, passed)
+                ends = np.array([percentiles(draws[:, i]) for i in range(len(means))])
+                frame = frame.assign(**{name: means, f"{name}_low": ends[:, 0], f"{name}_high": ends[:, 1]})
+            steps[step] = passed
+        return frame.assign(**steps)
+
+    def _of(self, *tasks: Task) -> pd.DataFrame:
+        """The texts of some tasks."""
+        return self.texts[self.texts["task"].isin(tasks)]
+
+    @property
+    def best(self) -> int:
+        """The suggested layer."""
+        tied = self._tied
+        return _top(tied, next(name for name in (EFFECT, "p_right", "p_new") if name in tied))
+
+    @property
+    def _tied(self) -> pd.DataFrame:
+        """The layers that the first two steps leave."""
+        left = self._frame[self._frame["takes"]]
+        return left[left["p_right"] >= left["p_right"].max() - TIE] if "p_right" in left else left
+
+    @property
+    def reason(self) -> str:
+        """How the rule came to it."""
+        frame, tied = self._frame, self._tied
+        takes = frame[frame["takes"]]
+        best = f"{frame['p_new'].max():.2f}, L{_top(frame, 'p_new')}"
+        told = [f"p(new) is within the noise of the best ({best}) in {_named(takes)}"]
+        if "p_right" in frame:
+            told.append(f"p(right) is highest in {_named(tied)} ({tied['p_right'].max():.2f})")
+        if len(tied) > 1 and (EFFECT in frame or "p_right" not in frame):
+            told.append(f"L{self.best} has the highest {SHOWN[EFFECT if EFFECT in frame else 'p_new']}")
+        return "; of these ".join(told)
+
+    @property
+    def comparison(self) -> str:
+        """What a preset, or the rule by depth, says beside it."""
+        said = f"{'the preset' if self.is_preset else 'a quarter of the depth (no preset)'} says layer {self.usual}"
+        if self.usual == self.best:
+            return f"{said}, too"
+        if self.usual not in self.layers:
+            return f"{said}, which was not scored"
+        alike = self.usual in self._frame.index[self._frame["alike"]]
+        return f"{said}, which {'does as well within the noise' if alike else 'does worse by more than the noise'}"
+
+    def span(self, n: int) -> tuple[int, ...]:
+        """``n`` consecutive layers for an editor of several, such as MEMIT: they end at `best`.
+
+        The value of such an editor is found at its last layer, so that is the one which was scored (GPT-2 XL's presets
+        are alike: 17 for ROME, 13 to 17 for MEMIT). Where too few lie below, they are the first ``n``.
+
+        Raises:
+            ValueError: ``n`` is not within 1 and the number of layers below the last.
+        """
+        if not 1 <= n < self.n_layers:
+            raise ValueError(f"a span of {n} layers was asked for; expected 1 to {self.n_layers - 1}")
+        first = max(0, self.best - n + 1)
+        return tuple(range(first, first + n))
+
+
+def suggest_layers(
+    model: TransformerBridge, cases: Sequence[Case], layers: Sequence[int] | None = None, *, seed: int = 0
+) -> LayerScores:
+    """Edits the facts of some cases with ROME in every candidate layer, and traces them in the unedited model.
+
+    The edits have the settings of `ROMEConfig.for_model`, but for the layer.
+
+    Args:
+        model: the model.
+        cases: with ES texts and an old object each; PS, NS and DNS texts are scored where there are any.
+        layers: the candidates; all but the last when None.
+        seed: of contexts, noise and intervals.
+
+    Raises:
+        ValueError: fewer than 3 cases, one without an old object or ES texts or with a text that the model cannot take,
+            or a candidate that the model does not have or that is its last layer; before the model runs.
+    """
+    check_cases(cases)
+    check_input(model, cases, None)
+    candidates = _candidates(model, layers)
+    for case in cases:
+        check_texts(model, case)
+    config = ROMEConfig.for_model(model)
+    asked = [replace(case, probes={task: case.probes[task] for task in TASKS if task in case.probes}) for case in cases]
+    supplies = Supplies(model, seed)
+    parts = []
+    for layer in tqdm(candidates, desc="layers"):
+        edits = rome(
+            model,
+            [case.request for case in cases],
+            config=replace(config, layer=layer),
+            contexts=supplies.contexts(config.context_lengths),
+            moment=supplies.moment(layer),
+        )
+        parts.append(score(model, asked, edits).frame.assign(layer=layer))
+    traced, n_unknown = _traced(model, cases, seed)
+    return LayerScores(
+        model=str(model.cfg.model_name),
+        n_layers=int(model.cfg.n_layers),
+        texts=pd.concat(parts, ignore_index=True),
+        traced=traced,
+        n_unknown=n_unknown,
+        usual=config.layer,
+        is_preset=preset("rome", model) is not None,
+        seed=seed,
+    )
+
+
+def check_cases(cases: Sequence[Case]) -> None:
+    """Raises a ValueError for too few cases, or one that lacks what every layer is scored by."""
+    if len(cases) < LEAST_CASES:
+        raise ValueError(f"{len(cases)} cases were given; expected at least {LEAST_CASES}")
+    for case in cases:
+        if case.request.target_true is None:
+            raise ValueError(f"the case {case.case_id!r} has no target_true, whose causal effect is measured; omit it")
+        if not case.probes.get("ES"):
+            raise ValueError(f"the case {case.case_id!r} has no texts of ES; give cases that have, see `having`")
+
+
+def _candidates(model: TransformerBridge, layers: Sequence[int] | None) -> list[int]:
+    last = int(model.cfg.n_layers) - 1
+    chosen = sorted(range(last) if layers is None else layers)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"the candidate layers are {chosen}; expected at least one, each once")
+    for layer in chosen:
+        check_layer(model, layer)
+    if chosen[-1] == last:
+        raise ValueError(
+            f"layer {last} is the last of {model.cfg.model_name}: no attention lies above it that could be restricted; "
+            f"expected candidates among the layers 0 to {last - 1}"
+        )
+    return chosen
+
+
+def _traced(model: TransformerBridge, cases: Sequence[Case], seed: int) -> tuple[pd.DataFrame, int]:
+    """`causal_trace` at the subject-last token of the facts that the model knows, and the number of others."""
+    facts = ((case.case_id, case.request) for case in cases)
+    texts = [Text(name, "ES", fact.question, fact.target_true or "", fact.subject, None) for name, fact in facts]
+    answers = answer(model, [Question(None, encode_completion(model, text.text, text.right)) for text in texts])
+    known = [text for text, given in zip(texts, answers, strict=True) if given.first_choice.all()]
+    columns = ["case", "layer", "clean", "corrupted", "restored"]
+    if not known:
+        return pd.DataFrame(columns=columns), len(texts)
+    window = max(1, round(ROMES_WINDOW * int(model.cfg.n_layers)))
+    table = causal_trace(model, known, "mlp_out", window, seed=seed)
+    return table.loc[table["place"] == "subject_last", columns].reset_index(drop=True), len(texts) - len(known)
+
+
+def _top(frame: pd.DataFrame, name: str) -> int:
+    """The layer with the highest value of a column."""
+    return int(frame.index[int(frame[name].argmax())])
+
+
+def _named(frame: pd.DataFrame) -> str:
+    return ", ".join(f"L{layer}" for layer in frame.index)
+
+
+def _intervals(frame: pd.DataFrame, column: str, name: str, seed: int) -> pd.DataFrame:
+    """Mean of a column by layer, over its texts, with its interval: columns ``name``, ``name_low``, ``name_high``."""
+    measured = frame[frame[column].notna()].astype({column: "float64"})
+    table = grouped_intervals(measured, ["layer"], column, seed).set_index("layer")
+    return table[["mean", "low", "high"]].set_axis([name, f"{name}_low", f"{name}_high"], axis=1)
+
+
+def _means(texts: pd.DataFrame, seed: int) -> tuple[Float[Array, " layer"], Float[Array, "resample layer"]]:
+    """p_right by layer, mean over the tasks: of all cases, and of the same draws of cases for every layer."""
+    totals, counts = (
+        texts.pivot_table("p_right", "case", ["layer", "task"], aggfunc=how, fill_value=0).to_numpy(np.float64)
+        for how in ("sum", "count")
+    )
+    n_layers = texts["layer"].nunique()
+    means = (totals.sum(0) / counts.sum(0)).reshape(n_layers, -1).mean(1)
+    draws = resampled_means(totals, counts, seed)
+    return means, draws.reshape(len(draws), n_layers, -1).mean(2)
+
+
+def _within_noise(
+    means: Float[Array, " layer"], draws: Float[Array, "resample layer"], among: Bool[Array, " layer"]
+) -> Bool[Array, " layer"]:
+    """Which of some layers are not below the best of them by more than the noise."""
+    best = int(np.where(among, means, -np.inf).argmax())
+    low = np.nanquantile(draws[:, [best]] - draws, 0.025, axis=0)
+    return np.asarray(among & (low <= 0))

@@ -1,0 +1,165 @@
+"""Editors of several layers: their settings, and how they make edits. What they make of keys is in a file each."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.editors.presets import preset
+from attn_drift.editors.shared import Lengths, method_record, texts_of, warn_of_explosion
+from attn_drift.editors.spread import Directions, Site, Spread
+from attn_drift.edits import Edit
+from attn_drift.hooks import stream_point
+from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
+from attn_drift.moments import SecondMoment, sampled_moments
+from attn_drift.requests import EditRequest
+from attn_drift.restriction import Restriction
+from attn_drift.values import ValueConfig, Writing, optimise_values, restricted_by_updates
+
+log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound="MultiLayerConfig")
+
+# Of MEMIT's context templates: five of ten tokens, one for each first word.
+MEMIT_LENGTHS: Lengths = ((10, 1),)
+
+# Share of the network's depth at which the published presets of editors of several layers end, on average, and of how
+# many layers they edit: five, and fewer of a shallow network.
+DEPTH, MOST_LAYERS, LAYERS_SHARE = 0.27, 5, 1 / 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLayerConfig(ValueConfig, ABC):
+    """How a value is optimised, and which layers it is written into.
+
+    Attributes:
+        layers: the edited layers, in ascending order.
+        context_lengths: of the contexts that are sampled when none are handed in, see `sample_contexts`.
+        restricted: what a restriction looks at while a value is optimised: the optimised vector at the last edited
+            layer, above which it holds (``"value"``, as published), or the update as it would be written into all
+            layers, above the first of them (``"update"``).
+    """
+
+    editor: ClassVar[str]
+
+    layers: tuple[int, ...]
+    clamp: float = 0.75
+    context_lengths: Lengths = MEMIT_LENGTHS
+    restricted: Literal["value", "update"] = "value"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"the layers are {self.layers}; expected at least one, ascending, each once")
+        if self.restricted not in ("value", "update"):
+            raise ValueError(f"restricted is {self.restricted!r}; expected 'value' or 'update'")
+
+    @classmethod
+    def for_model(cls: type[Config], model: TransformerBridge) -> Config:
+        """The preset of the model's name, or, said in the log, layers by depth and the editor's usual settings."""
+        settings = preset(cls.editor, model)
+        if settings is not None:
+            return cls(**{name: value for name, value in settings.items() if name != "gamma"})
+        n = model.cfg.n_layers
+        last = max(0, min(round(DEPTH * n), n - 2))
+        first = max(0, last + 1 - min(MOST_LAYERS, max(2, round(LAYERS_SHARE * n))))
+        log.warning(
+            "%s has no preset for %s: layers %d to %d of %d were chosen by depth, the rest is the editor's usual; pass "
+            "config=, and see `attn-drift suggest-layer`",
+            model.cfg.model_name,
+            cls.editor,
+            first,
+            last,
+            n,
+        )
+        return cls(layers=tuple(range(first, last + 1)))
+
+    @property
+    def restricted_above(self) -> int:
+        """The layer above which a restriction holds."""
+        return self.layers[-1] if self.restricted == "value" else self.layers[0]
+
+    @property
+    def points(self) -> list[str]:
+        """Where vectors are optimised; the first is written."""
+        return [self.site.point]
+
+    @property
+    def site(self) -> Site:
+        """Where values are read: by default the residual stream after the last edited layer."""
+        return Site(stream_point(self.layers[-1], "resid"), float, carries=True)
+
+    @abstractmethod
+    def directions(self, moments: Mapping[int, SecondMoment], device: torch.device, earlier: Edit | None) -> Directions:
+        """What the editor makes of keys; raises a ValueError for moments or an earlier edit that do not serve it."""
+
+
+def edit_batches(
+    model: TransformerBridge,
+    batches: Sequence[Sequence[EditRequest]],
+    config: MultiLayerConfig,
+    *,
+    contexts: Sequence[str] | None = None,
+    moments: Mapping[int, SecondMoment] | None = None,
+    restrict: Restriction | None = None,
+    after: Edit | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Edit]:
+    """One edit for each batch of requests; all values are optimised together, each batch is written on its own.
+
+    Arguments and errors are those of `memit`; ``after`` is an earlier edit that is in effect meanwhile.
+    """
+    check_model(model)
+    for layer in config.layers:
+        check_layer(model, layer)
+    check_finite(model)
+    term = None if restrict is None else restrict.bind(model, config.restricted_above)
+    directions = None if moments is None else _directions(model, config, moments, after)
+    flat = texts_of(model, [r for batch in batches for r in batch], contexts, config.context_lengths, generator)
+    if directions is None:
+        directions = _directions(model, config, sampled_moments(model, config.layers), after)
+    remaining = iter(flat)
+    grouped = [list(islice(remaining, len(batch))) for batch in batches]
+    with nullcontext() if after is None else after.applied(model):
+        spread = Spread(model, grouped, config.layers, directions, config.site)
+        values = optimise_values(model, config.points, flat, config, term, _writing(spread, config))
+        found = spread.of(torch.stack([value.deltas for value in values]))
+        histories = [value.history for value in values]
+        if term is not None:
+            resulted = restricted_by_updates(model, flat, term, spread.by_request(found))
+            histories = [replace(own, resulted=loss) for own, loss in zip(histories, resulted, strict=True)]
+    told, method = iter(histories), method_record(config.editor, config, restrict)
+    identity, edits = fingerprint(model), []
+    for batch, update in zip(batches, spread.by_batch(found), strict=True):
+        own = tuple(islice(told, len(batch)))
+        edits.append(Edit(update, tuple(batch), identity, model.cfg.model_name, method, own))
+        warn_of_explosion(model, edits[-1])
+    return edits
+
+
+def _writing(spread: Spread, config: MultiLayerConfig) -> Writing | None:
+    """What a restriction looks at instead of the optimised vector, if that is asked."""
+    return None if config.restricted == "value" else lambda deltas: spread.by_request(spread.of(deltas))
+
+
+def _directions(
+    model: TransformerBridge, config: MultiLayerConfig, moments: Mapping[int, SecondMoment], after: Edit | None
+) -> Directions:
+    """The editor's, from moments that fit.
+
+    Raises:
+        ValueError: a layer has no second moment, or one that does not fit the model or the editor.
+    """
+    missing = [layer for layer in config.layers if layer not in moments]
+    if missing:
+        raise ValueError(f"second moments of the layers {sorted(moments)} were given; those of {missing} are missing")
+    for layer in config.layers:
+        moments[layer].check_fits(model, layer)
+    return config.directions({layer: moments[layer] for layer in config.layers}, float64_device(model), after)
