@@ -6,6 +6,7 @@ Accumulated and solved in float64 (method.md, section 4).
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from attn_drift.accumulation import KeySums, batches
 from attn_drift.files import cache_path, keeping, replacing
 from attn_drift.hooks import is_hooked
-from attn_drift.models import fingerprint, float64_device, mlp_width, origin
+from attn_drift.models import down_projection, fingerprint, float64_device, mlp_width, origin
 from attn_drift.rome_stats import read_rome_stats
 from attn_drift.sampling import sample_documents
 from attn_drift.tokens import Tokens, encode_windows
+from attn_drift.weights import LowRankUpdate
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class SecondMoment:
     source: Mapping[str, str] = field(default_factory=dict)
     _factors: dict[tuple[float, str], FactoredMoment] = field(default_factory=dict, init=False)
     _null_spaces: dict[tuple[float, str], Tensor] = field(default_factory=dict, init=False)
+    _sizes: dict[str, float] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         return f"SecondMoment(L{self.layer}, {len(self.matrix)} x {len(self.matrix)}, {self.n_tokens} tokens)"
@@ -107,6 +110,19 @@ class SecondMoment:
                 )
             self._null_spaces[key] = vectors[:, eigenvalues < threshold].contiguous()
         return self._null_spaces[key]
+
+    def leakage(self, model: TransformerBridge, update: LowRankUpdate) -> float:
+        """How much an update changes the values of the text's keys, in units of those values (root mean squares).
+
+        ``sqrt(E|k Delta|^2 / E|k W|^2)``: near 0 for an update that only its own keys see, above 1 for one that drowns
+        what the layer did.
+        """
+        if "values" not in self._sizes:
+            weight = down_projection(model, self.layer).detach().to(self.matrix)
+            self._sizes["values"] = float(((self.matrix @ weight) * weight).sum())
+        keys, values = update.keys.to(self.matrix), update.values.to(self.matrix)
+        change = float(((keys @ self.matrix @ keys.T) * (values @ values.T)).sum())
+        return sqrt(max(0.0, change) / self._sizes["values"])
 
     def check_fits(self, model: TransformerBridge, layer: int) -> None:
         """Raises a ValueError for a moment of another layer, shape or model, or one not finite and symmetric."""

@@ -4,7 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar, Literal, TypeVar
 
@@ -12,15 +12,15 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.presets import preset
-from attn_drift.editors.shared import Lengths, method_record, texts_of, warn_of_explosion
+from attn_drift.editors.shared import Lengths, finished, texts_of, warn_of_explosion, with_results
 from attn_drift.editors.spread import Directions, Site, Spread
 from attn_drift.edits import Edit
 from attn_drift.hooks import stream_point
-from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
+from attn_drift.models import check_finite, check_layer, check_model, float64_device
 from attn_drift.moments import SecondMoment, sampled_moments
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
-from attn_drift.values import ValueConfig, Writing, optimise_values, restricted_by_updates
+from attn_drift.values import ValueConfig, Writing, optimise_values
 
 log = logging.getLogger(__name__)
 
@@ -121,26 +121,22 @@ def edit_batches(
         check_layer(model, layer)
     check_finite(model)
     term = None if restrict is None else restrict.bind(model, config.restricted_above)
-    directions = None if moments is None else _directions(model, config, moments, after)
+    if moments is not None:
+        directions = _directions(model, config, moments, after)
     flat = texts_of(model, [r for batch in batches for r in batch], contexts, config.context_lengths, generator)
-    if directions is None:
-        directions = _directions(model, config, sampled_moments(model, config.layers), after)
+    if moments is None:
+        moments = sampled_moments(model, config.layers)
+        directions = _directions(model, config, moments, after)
     remaining = iter(flat)
     grouped = [list(islice(remaining, len(batch))) for batch in batches]
     with nullcontext() if after is None else after.applied(model):
         spread = Spread(model, grouped, config.layers, directions, config.site)
         values = optimise_values(model, config.points, flat, config, term, _writing(spread, config))
         found = spread.of(torch.stack([value.deltas for value in values]))
-        histories = [value.history for value in values]
-        if term is not None:
-            resulted = restricted_by_updates(model, flat, term, spread.by_request(found))
-            histories = [replace(own, resulted=loss) for own, loss in zip(histories, resulted, strict=True)]
-    told, method = iter(histories), method_record(config.editor, config, restrict)
-    identity, edits = fingerprint(model), []
-    for batch, update in zip(batches, spread.by_batch(found), strict=True):
-        own = tuple(islice(told, len(batch)))
-        edits.append(Edit(update, tuple(batch), identity, model.cfg.model_name, method, own))
-        warn_of_explosion(model, edits[-1])
+        histories = with_results(model, flat, values, term, spread.by_request(found))
+    edits = finished(model, config.editor, config, restrict, batches, spread.by_batch(found), histories)
+    for edit in edits:
+        warn_of_explosion(model, edit, moments)
     return edits
 
 

@@ -11,7 +11,7 @@ r-ROME (2403.07175) is the latter with the mean of all keys alone, ``K = [k_mean
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, Literal, overload
 
@@ -21,16 +21,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.presets import preset
-from attn_drift.editors.shared import at_subjects, listed, method_record, texts_of, warn_of_explosion
+from attn_drift.editors.shared import at_subjects, finished, listed, texts_of, warn_of_explosion, with_results
 from attn_drift.edits import Edit
 from attn_drift.hooks import key_point, value_point
-from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
+from attn_drift.models import check_finite, check_layer, check_model, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
 from attn_drift.rewriting import RequestTexts
 from attn_drift.sampling import ROME_LENGTHS
-from attn_drift.values import ValueConfig, optimise_values, restricted_by_updates
+from attn_drift.values import ValueConfig, optimise_values
 from attn_drift.weights import LowRankUpdate
 
 log = logging.getLogger(__name__)
@@ -157,28 +157,22 @@ def rome(
     check_layer(model, config.layer)
     check_finite(model)
     term = None if restrict is None else restrict.bind(model, config.layer)
-    factored = None
     if moment is not None:
         moment.check_fits(model, config.layer)
         factored = moment.factored(config.ridge, float64_device(model))
     texts = texts_of(model, several, contexts, config.context_lengths, generator)
-    if factored is None:
-        factored = sampled_moment(model, config.layer).factored(config.ridge, float64_device(model))
+    if moment is None:
+        moment = sampled_moment(model, config.layer)
+        factored = moment.factored(config.ridge, float64_device(model))
     values = optimise_values(model, [value_point(config.layer)], texts, config, term)
     weights = [_direction(model, config, request, factored) for request in texts]
     updates = [_update(weight, value.delta) for weight, value in zip(weights, values, strict=True)]
-    histories = [value.history for value in values]
-    if term is not None:
-        seen = {config.layer: (torch.stack([u.keys for u in updates]), torch.stack([u.values for u in updates]))}
-        resulted = restricted_by_updates(model, texts, term, seen)
-        histories = [replace(own, resulted=loss) for own, loss in zip(histories, resulted, strict=True)]
-    identity, method = fingerprint(model), method_record("rome", config, restrict)
-    edits = [
-        Edit({config.layer: update}, (request,), identity, model.cfg.model_name, method, (history,))
-        for request, update, history in zip(several, updates, histories, strict=True)
-    ]
+    seen = {config.layer: (torch.stack([u.keys for u in updates]), torch.stack([u.values for u in updates]))}
+    histories = with_results(model, texts, values, term, seen)
+    batches, by_layer = [[request] for request in several], [{config.layer: update} for update in updates]
+    edits = finished(model, config.editor, config, restrict, batches, by_layer, histories)
     for edit in edits:
-        warn_of_explosion(model, edit)
+        warn_of_explosion(model, edit, {config.layer: moment})
     return edits[0] if single else edits
 
 

@@ -1,9 +1,9 @@
 """What all locate-then-edit editors share: the texts of their requests, and activations at the subjects."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -11,18 +11,21 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.edits import Edit
+from attn_drift.history import EditHistory
 from attn_drift.hooks import read
-from attn_drift.models import down_projection
+from attn_drift.models import down_projection, fingerprint
+from attn_drift.moments import SecondMoment
 from attn_drift.requests import SLOT, EditRequest
-from attn_drift.restriction import Restriction
+from attn_drift.restriction import LossTerm, Restriction
 from attn_drift.rewriting import RequestTexts, RewritingText, request_texts
 from attn_drift.sampling import sample_contexts
 from attn_drift.tokens import pad
-from attn_drift.values import ValueConfig
+from attn_drift.values import OptimisedValue, Update, ValueConfig, restricted_by_updates
+from attn_drift.weights import LowRankUpdate
 
 log = logging.getLogger(__name__)
 
-# Norm of an update, in units of the weight's, from which on it is said to explode.
+# Leakage of an update from which on it is said to explode.
 EXPLODED = 1.0
 
 Lengths = tuple[tuple[int, int], ...]
@@ -72,20 +75,51 @@ def _check_room(model: TransformerBridge, requests: Sequence[EditRequest], lengt
                 )
 
 
-def method_record(editor: str, config: ValueConfig, restrict: Restriction | None) -> dict[str, Any]:
-    """What an edit keeps of how it was made."""
-    return {"editor": editor, "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
+def with_results(
+    model: TransformerBridge,
+    texts: Sequence[RequestTexts],
+    values: Sequence[OptimisedValue],
+    term: LossTerm | None,
+    updates: Mapping[int, Update],
+) -> list[EditHistory]:
+    """The histories of all requests, with what the restriction comes to under the updates as they are written."""
+    histories = [value.history for value in values]
+    if term is None:
+        return histories
+    resulted = restricted_by_updates(model, texts, term, updates)
+    return [replace(own, resulted=loss) for own, loss in zip(histories, resulted, strict=True)]
 
 
-def warn_of_explosion(model: TransformerBridge, edit: Edit) -> None:
-    """Says in the log where an update is so large that the model will likely not survive it."""
+def finished(
+    model: TransformerBridge,
+    editor: str,
+    config: ValueConfig,
+    restrict: Restriction | None,
+    batches: Sequence[Sequence[EditRequest]],
+    updates: Sequence[Mapping[int, LowRankUpdate]],
+    histories: Sequence[EditHistory],
+) -> list[Edit]:
+    """Edits of batches of requests, from the updates of each and the histories of all requests in order."""
+    method = {"editor": editor, "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
+    identity, remaining = fingerprint(model), iter(histories)
+    return [
+        Edit(update, tuple(batch), identity, model.cfg.model_name, method, tuple(islice(remaining, len(batch))))
+        for batch, update in zip(batches, updates, strict=True)
+    ]
+
+
+def warn_of_explosion(model: TransformerBridge, edit: Edit, moments: Mapping[int, SecondMoment]) -> None:
+    """Says in the log, with figures, where an update drowns what its layer did, so that the model will not survive."""
     for layer, update in edit.updates.items():
-        norm, weight = float(update.norm()), float(down_projection(model, layer).detach().float().norm())
-        if norm > EXPLODED * weight:
+        leakage = moments[layer].leakage(model, update)
+        if leakage > EXPLODED:
+            weight = down_projection(model, layer).detach().float().norm()
             log.warning(
-                "the update of layer %d explodes: its norm is %.3g, that of the weight %.3g (%r)",
+                "the update of layer %d explodes: it changes the values of ordinary keys by %.3g times their size (its "
+                "norm is %.3g, that of the weight %.3g): %r",
                 layer,
-                norm,
+                leakage,
+                update.norm(),
                 weight,
                 edit,
             )
