@@ -1,7 +1,8 @@
-"""The demonstration: facts of the demo world edited by ROME, with and without SADR, scored and captured."""
+"""The demonstration: facts of the demo world edited in several ways, with and without SADR, scored and captured."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -9,18 +10,17 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.arms import Arm, arm, subjects
 from analysis.drift import AttentionDrift, attention_drift
-from analysis.methods import NONE, Supplies
+from analysis.methods import NONE, Config, Method, Supplies
 from analysis.scores import results_row
 from attn_drift.cases import Case
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World
-from attn_drift.editors.presets import preset_gamma
-from attn_drift.editors.rome import ROMEConfig
 from attn_drift.models import demo_folder
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import SADR
 
-ROME, RESTRICTED, REPHRASED = "rome", "rome+sadr", "rome+sadr+rephrased"
+SECOND_WORDING = "+rephrased"
+ROME, RESTRICTED, REPHRASED = "rome", "rome+sadr", f"rome+sadr{SECOND_WORDING}"
 
 # Of all scores, those of its table.
 SHOWN = ("ES", "PS", "NS", "DNS", "RS", "RS_argmax", "DNS_argmax")
@@ -34,7 +34,7 @@ class Demonstration:
         cases: the edited facts.
         subjects: the edited subject of each DNS text.
         arms: by editor, the unedited model first.
-        layer: the edited layer.
+        layer: the last edited layer.
         seed: of cases and contexts.
         seconds: that everything took.
     """
@@ -48,6 +48,16 @@ class Demonstration:
 
     def __repr__(self) -> str:
         return f"Demonstration({len(self.cases)} facts, editors {list(self.arms)}, seed {self.seed})"
+
+    @property
+    def plain(self) -> str:
+        """The first editor."""
+        return next(name for name in self.arms if name != NONE)
+
+    @property
+    def restricted(self) -> str | None:
+        """The first editor with a restriction, if any."""
+        return next((name for name, arm in self.arms.items() if arm.gamma), None)
 
     def max_head(self, editor: str) -> float:
         """Attention to the subject, maximum over the heads above the edit, averaged over the DNS texts."""
@@ -79,31 +89,58 @@ class Demonstration:
         return table
 
 
-def demonstrate(model: TransformerBridge, n: int = 24, gamma: float | None = None, seed: int = 0) -> Demonstration:
-    """Edits ``n`` facts with none, ROME, ROME + SADR, and ROME + SADR with two wordings.
-
-    All at the same number of steps and texts. The wording that the last adds is in no score.
+def demonstrate(
+    model: TransformerBridge,
+    n: int = 24,
+    gamma: float | None = None,
+    seed: int = 0,
+    editors: Sequence[str] = (ROME, RESTRICTED, REPHRASED),
+) -> Demonstration:
+    """Edits ``n`` facts, each alone, with every editor, at the same texts; scores and captures.
 
     Args:
         model: the demo model.
         n: number of facts, at most that of the world's people.
-        gamma: SADR's weight; the model's preset when None.
+        gamma: SADR's weight where an editor's name does not say it; each editor's preset when None.
         seed: of the cases and of the edits' contexts.
+        editors: names of methods, such as ``memit+sadr``; with ``+rephrased`` at the end an edit has two wordings, the
+            second of which is in no score. The unedited model comes first, named or not.
+
+    Raises:
+        ValueError: a bad name or setting, or a number of facts that the world does not have; before the model runs.
     """
     started = time.perf_counter()
     world = World.load(demo_folder() / "world.json")
     cases = demo_cases(world, n, seed)
-    config = ROMEConfig.for_model(model)
-    restriction = SADR(gamma=preset_gamma("rome", model, config.layer) if gamma is None else gamma)
-    plain = [case.request for case in cases]
-    wordings = [rephrased(world, case) for case in cases]
-    plans: list[tuple[str, list[EditRequest] | None, SADR | None]] = [
-        (NONE, None, None),
-        # Nothing is restricted, but the heads that would be are recorded.
-        (ROME, plain, SADR(gamma=0.0)),
-        (RESTRICTED, plain, restriction),
-        (REPHRASED, wordings, restriction),
-    ]
-    supplies = Supplies(model, seed)
-    arms = {name: arm(supplies, cases, name, requests, config, restrict) for name, requests, restrict in plans}
-    return Demonstration(cases, subjects(cases), arms, config.layer, seed, time.perf_counter() - started)
+    plans = [_Plan.of(model, world, cases, name, gamma) for name in editors if name != NONE]
+    if not plans:
+        raise ValueError("no editor was given; expected names such as rome and memit+sadr")
+    supplies, layer = Supplies(model, seed), max(plan.config.layers[-1] for plan in plans)
+    arms = {NONE: arm(supplies, cases, NONE, None, plans[0].config)}
+    for plan in plans:
+        arms[plan.name] = arm(supplies, cases, plan.name, plan.requests, plan.config, plan.restrict)
+    return Demonstration(cases, subjects(cases), arms, layer, seed, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What an editor's name asks for."""
+
+    name: str
+    requests: list[EditRequest]
+    config: Config
+    restrict: SADR
+
+    @classmethod
+    def of(cls, model: TransformerBridge, world: World, cases: list[Case], name: str, gamma: float | None) -> "_Plan":
+        plain = name.removesuffix(SECOND_WORDING)
+        method = Method.parse(plain)
+        bound = method.bind(model)
+        if bound.config is None:
+            raise ValueError(f"{name!r} makes no edits; expected an editor")
+        # Where nothing is restricted, the heads that would be are recorded.
+        restrict = bound.restrict or SADR(gamma=0.0)
+        if gamma is not None and method.restriction is not None and "gamma" not in method.restriction:
+            restrict = replace(restrict, gamma=gamma)
+        requests = [case.request if plain == name else rephrased(world, case) for case in cases]
+        return cls(name, requests, bound.config, restrict)

@@ -14,7 +14,7 @@ import plotly.io
 from markupsafe import Markup
 
 from analysis import plots
-from analysis.demo import RESTRICTED, ROME, SHOWN, Demonstration
+from analysis.demo import SHOWN, Demonstration
 from analysis.methods import NONE
 from attn_drift.files import replacing
 from attn_drift.history import EditHistory
@@ -79,6 +79,7 @@ def demo_sections(shown: Demonstration) -> list[Section]:
     fact, text = _most_damaged(shown)
     request = shown.cases[fact].request
     edited = [name for name in shown.arms if name != NONE]
+    compared = [NONE, shown.plain, *([shown.restricted] if shown.restricted else [])]
     return [
         Section("What an edit breaks, and what SADR saves", _summary(shown), _with_intervals(shown)),
         Section(
@@ -108,8 +109,8 @@ def demo_sections(shown: Demonstration) -> list[Section]:
             [f"What the last token looks at: “{shown.arms[NONE].capture.texts[text]}”"],
             figures=[
                 plots.attention_rows(
-                    *(shown.arms[name].capture for name in (NONE, ROME, RESTRICTED)),
-                    names=(NONE, ROME, RESTRICTED),
+                    *(shown.arms[name].capture for name in compared),
+                    names=compared,
                     text=text,
                 ),
             ],
@@ -123,8 +124,8 @@ def demo_sections(shown: Demonstration) -> list[Section]:
 
 
 def _most_damaged(shown: Demonstration) -> tuple[int, int]:
-    """The case whose DNS texts lose most to ROME, and which of all DNS texts loses most among its own."""
-    before, after = (shown.arms[name].scores.frame for name in (NONE, ROME))
+    """The case whose DNS texts lose most to the first editor, and which of all DNS texts loses most among its own."""
+    before, after = (shown.arms[name].scores.frame for name in (NONE, shown.plain))
     dns = before["task"] == "DNS"
     fall = (before["p_right"] - after["p_right"])[dns].reset_index(drop=True)
     cases = before["case"][dns].reset_index(drop=True)
@@ -134,23 +135,25 @@ def _most_damaged(shown: Demonstration) -> tuple[int, int]:
 
 
 def _summary(shown: Demonstration) -> list[str]:
-    before, edited, held = (shown.table().loc[name] for name in (NONE, ROME, RESTRICTED))
-    lost = before["DNS"] - edited["DNS"]
-    saved = (held["DNS"] - edited["DNS"]) / lost if lost > 0 else float("nan")
-    return [
-        f"{len(shown.cases)} facts of the demo model, each edited alone at layer {shown.layer} in "
-        f"{shown.arms[ROME].steps} steps (seed {shown.seed}, {shown.seconds:.0f} s). Scores are "
-        "percentages of texts on which the right object beats the wrong one; the columns "
-        "ending in argmax count texts on which it is the model's first choice.",
-        f"ROME makes the new fact (ES {edited['ES']:.0f}) and its paraphrases (PS {edited['PS']:.0f}), but with the "
-        f"edited subject in the context, questions about other people (DNS) fall from {before['DNS']:.0f} to "
+    table = shown.table()
+    before, edited = table.loc[NONE], table.loc[shown.plain]
+    said = [
+        f"{len(shown.cases)} facts of the demo model, each edited alone, the value optimised at layer {shown.layer} "
+        f"(seed {shown.seed}, {shown.seconds:.0f} s). Scores are percentages of texts on which the right object beats "
+        "the wrong one; the columns ending in argmax count texts on which it is the model's first choice.",
+        f"{shown.plain} makes the new fact (ES {edited['ES']:.0f}) and its paraphrases (PS {edited['PS']:.0f}), but "
+        f"with the edited subject in the context, questions about other people (DNS) fall from {before['DNS']:.0f} to "
         f"{edited['DNS']:.0f}, while the attention of the last token to the edited subject (max head) rises from "
-        f"{before['max head']:.2f} to {edited['max head']:.2f}. SADR holds it at {held['max head']:.2f} and recovers "
-        f"{saved:.0%} of what was lost on DNS.",
+        f"{before['max head']:.2f} to {edited['max head']:.2f}.",
         "Brackets: 95 % intervals from a bootstrap over facts. ES: the edit itself. PS: wordings that no edit used. "
         "NS: other people, same question. DNS: the same after the edited sentence. RS: other questions about the "
         "edited person.",
     ]
+    if shown.restricted:
+        held, lost = table.loc[shown.restricted], before["DNS"] - edited["DNS"]
+        saved = f" and recovers {(held['DNS'] - edited['DNS']) / lost:.0%} of what was lost on DNS" if lost > 0 else ""
+        said[1] += f" {shown.restricted} holds it at {held['max head']:.2f}{saved}."
+    return said
 
 
 def _with_intervals(shown: Demonstration) -> pd.DataFrame:

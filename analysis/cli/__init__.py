@@ -5,10 +5,10 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from analysis.cli import bench, demo, evidence, layers, moments
+from analysis.cli import bench, demo, evidence, layers, moments, sequence
 from analysis.cli.common import app
 
-__all__ = ["app", "bench", "demo", "evidence", "layers", "main", "moments"]
+__all__ = ["app", "bench", "demo", "evidence", "layers", "main", "moments", "sequence"]
 
 
 def main() -> None:

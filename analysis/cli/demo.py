@@ -12,8 +12,11 @@ from analysis.cli.common import app, console, quiet, show
 @app.command()
 def demo(
     edits: Annotated[int, typer.Option(help="Number of facts to edit.")] = 24,
-    gamma: Annotated[float | None, typer.Option(help="Weight of SADR.", show_default="0.1")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Weight of SADR.", show_default="each preset's")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the facts and the contexts.")] = 0,
+    editors: Annotated[
+        str, typer.Option(help="Such as memit,memit+sadr; +rephrased: two wordings.")
+    ] = "rome,rome+sadr,rome+sadr+rephrased",
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("demo-out"),
 ) -> None:
     """Edit facts of the demo model, see attention drift and what it breaks, and hold it with SADR."""
@@ -25,7 +28,7 @@ def demo(
 
     with console.status("loading the demo model"):
         model = load_model("demo")
-    shown = demonstrate(model, edits, gamma, seed)
+    shown = demonstrate(model, edits, gamma, seed, [name.strip() for name in editors.split(",")])
     with replacing(out / "results.json") as temporary:
         temporary.write_text(json.dumps(shown.to_json(), indent=1), encoding="utf-8")
     write_report(out / "report.html", "Attention drift on the demo model", demo_sections(shown))

@@ -7,6 +7,7 @@ from analysis.plots.layers import layer_scores
 from analysis.plots.moments import moment_convergence
 from analysis.plots.optimisation import loss_history
 from analysis.plots.scores import case_scatter, metric_bars, tradeoff
+from analysis.plots.sequences import retention
 
 __all__ = [
     "attention_rows",
@@ -21,5 +22,6 @@ __all__ = [
     "loss_history",
     "metric_bars",
     "moment_convergence",
+    "retention",
     "tradeoff",
 ]

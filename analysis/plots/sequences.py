@@ -1,0 +1,117 @@
+"""Figure of sequences of edits: what is left of them, what they broke, how large they have grown."""
+
+from collections.abc import Mapping
+from itertools import cycle
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from analysis.methods import Method
+from analysis.plots.scores import LEGEND
+from analysis.plots.style import TEMPLATE, label
+from analysis.sequences import EditSequence
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES = ("dash", "dot", "dashdot", "longdash")
+
+# What stands in which panel, and how it is called there.
+PANELS = {
+    "ES": "retained: beats the old",
+    "ES_argmax": "retained: first choice",
+    "ES_p_right": "p(new) of the edits",
+    "total_leakage": "leakage of all edits",
+    "NS_p_right": "p(right) on NS",
+    "DNS_p_right": "p(right) on DNS",
+    "RS_p_right": "p(right) on RS",
+    "total_norm_ratio": "their norm / the weight's",
+}
+LOGARITHMIC = ("total_leakage", "total_norm_ratio")
+COLUMNS = 4
+HEIGHT = 680
+
+
+def retention(sequences: Mapping[str, EditSequence]) -> go.Figure:
+    """Sequences of edits side by side, by the number of edits so far; broken lines are restricted methods.
+
+    A panel each for the share of the edits so far whose new object beats the old, and is the first choice; its
+    probability; that of the right object on NS texts of all facts, and on DNS and RS texts of the facts edited so far,
+    from the unedited model on; and, on logarithmic scales, how much all edits change the values of ordinary keys
+    (`SecondMoment.leakage`), and their norm.
+
+    Args:
+        sequences: by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not sequences:
+        raise ValueError("no sequence was given; expected at least one")
+    figure = make_subplots(
+        rows=len(PANELS) // COLUMNS,
+        cols=COLUMNS,
+        vertical_spacing=0.18,
+        horizontal_spacing=0.06,
+        subplot_titles=list(PANELS.values()),
+    )
+    figure.update_annotations(font_size=13)
+    lines = _lines(sequences)
+    for index, column in enumerate(PANELS):
+        place = {"row": index // COLUMNS + 1, "col": index % COLUMNS + 1}
+        for name, sequence in sequences.items():
+            rows = _shown(sequence.steps, column)
+            figure.add_scatter(
+                x=rows["n_edits"],
+                y=rows[column],
+                customdata=_ends(rows, column),
+                mode="lines+markers",
+                line=lines[name],
+                marker_size=4,
+                cliponaxis=False,
+                name=label(name),
+                legendgroup=name,
+                showlegend=index == 0,
+                hovertemplate=f"%{{x}} edits: %{{y:.3g}}%{{customdata}}<extra>{label(name)}</extra>",
+                **place,
+            )
+        axis = {"type": "log"} if column in LOGARITHMIC else {"range": [0, 1.02]}
+        figure.update_yaxes(**axis, **place)
+        figure.update_xaxes(title_text="edits so far", rangemode="tozero", **place)
+    figure.update_layout(
+        title="Edits one after the other", height=HEIGHT, showlegend=True, legend=LEGEND, template=TEMPLATE
+    )
+    return figure
+
+
+def _shown(steps: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The steps on which a column was measured; what is left of edits is asked once there are some."""
+    if column not in steps:
+        return steps.iloc[:0].assign(**{column: []})
+    first = 1 if column.startswith("ES") else 0
+    return steps[(steps["n_edits"] >= first) & steps[column].notna()]
+
+
+def _ends(rows: pd.DataFrame, column: str) -> list[str]:
+    """The interval behind each value, as text."""
+    if f"{column}_low" not in rows:
+        return [""] * len(rows)
+    return [
+        f" [{low:.2f}, {high:.2f}]" for low, high in zip(rows[f"{column}_low"], rows[f"{column}_high"], strict=True)
+    ]
+
+
+def _lines(sequences: Mapping[str, EditSequence]) -> dict[str, dict[str, Any]]:
+    """A colour for each editor with its settings, a dash for each restriction of it."""
+    methods = {name: Method.parse(sequence.method) for name, sequence in sequences.items()}
+    editors = {name: (method.editor, *sorted(method.settings.items())) for name, method in methods.items()}
+    hues = dict(zip(dict.fromkeys(editors.values()), cycle(HUES), strict=False))
+    dashes = {editor: cycle(DASHES) for editor in hues}
+    return {
+        name: {
+            "color": hues[editors[name]],
+            "dash": "solid" if method.restriction is None else next(dashes[editors[name]]),
+        }
+        for name, method in methods.items()
+    }
