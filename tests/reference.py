@@ -1,15 +1,18 @@
-"""ROME and SADR written down plainly from method.md: a Hugging Face model, one whole text at a time, no hooks.
+"""Editors and SADR written down plainly from method.md: a Hugging Face model, one whole text at a time.
 
-Shares nothing with the project: texts are tokenized in pieces, Adam is written out, C is inverted.
+Shares nothing with the project but what a request is: texts are tokenized in pieces, Adam is written out, C inverted.
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from small_models import DOWN_PROJECTIONS
+from small_models import ATTENTION, DOWN_PROJECTIONS, make_hf_model, make_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from attn_drift.requests import EditRequest
 
 
 class Probed(nn.Module):
@@ -151,3 +154,146 @@ def reference_rome(
         gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=C.dtype)
         w = C.inverse() @ Ks @ gram.inverse() @ torch.ones(len(gram), dtype=C.dtype)
     return torch.outer(w, delta.detach()), losses
+
+
+def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The stream of the only text that a block puts out."""
+    return (out[0] if isinstance(out, tuple) else out)[0]
+
+
+def reference_spread(
+    architecture: str,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str],
+    layers: Sequence[int],
+    deltas: Sequence[Tensor],
+    moments: Mapping[int, Tensor],
+    weight: float,
+    at_mlp: bool = False,
+) -> dict[int, Tensor]:
+    """MEMIT's updates [d_mlp d_model] of each layer, or PMET's (``at_mlp``), from deltas.
+
+    A Hugging Face model, one text at a time, weights really changed.
+    """
+    hf, tokenizer = make_hf_model(architecture, torch.float64), make_tokenizer(architecture == "llama")
+    stack, inside = DOWN_PROJECTIONS[architecture]
+    blocks = hf.get_submodule(stack)
+    seen: dict[str, Tensor] = {}
+    for index, block in enumerate(blocks):
+        block.get_submodule(inside).register_forward_pre_hook(
+            lambda _m, inputs, index=index: seen.__setitem__(f"key {index}", inputs[0][0])
+        )
+        site = block.get_submodule(inside) if at_mlp else block
+        site.register_forward_hook(lambda _m, _i, out, index=index: seen.__setitem__(f"out {index}", first(out)))
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    def at_subject(template: str, subject: str, what: str) -> Tensor:
+        with torch.no_grad():
+            hf(torch.tensor([ids(template.replace("{}", subject))]))
+        return seen[what][len(ids(template.split("{}")[0] + subject)) - 1]
+
+    columns = []  # (request, context-free template, all templates)
+    for r, request in enumerate(requests):
+        n = max(len(contexts), len(request.wordings))
+        dealt = [(c, request.wordings[j % len(request.wordings)]) for j, c in enumerate(contexts[1:])]
+        plan = [("{}", w) for w in request.wordings] + dealt
+        for wording in request.wordings:
+            columns.append((r, wording, [c.replace("{}", w) for c, w in plan[:n] if w == wording]))
+    last = f"out {layers[-1]}"
+    target = [at_subject(plain, requests[r].subject, last) + deltas[r] for r, plain, _ in columns]
+    updates = {}
+    for i, layer in enumerate(layers):
+        K = torch.stack(
+            [
+                torch.stack([at_subject(t, requests[r].subject, f"key {layer}") for t in all_of]).mean(0)
+                for r, _, all_of in columns
+            ],
+            dim=1,
+        )
+        now = [at_subject(plain, requests[r].subject, last) for r, plain, _ in columns]
+        R = torch.stack(
+            [(z - n) / ((len(layers) - i) ** (0.5 if at_mlp else 1)) for z, n in zip(target, now, strict=True)], dim=1
+        )
+        C = moments[layer] + 1e-4 * moments[layer].diagonal().mean() * torch.eye(len(moments[layer]), dtype=R.dtype)
+        updates[layer] = (R @ K.T @ (weight * C + K @ K.T).inverse()).T
+        matrix = blocks[layer].get_submodule(inside).weight
+        with torch.no_grad():
+            matrix += (
+                updates[layer] if matrix.shape == updates[layer].shape and architecture == "gpt2" else updates[layer].T
+            )
+    return updates
+
+
+def reference_pmet_values(
+    architecture: str, request: EditRequest, contexts: Sequence[str], layer: int, steps: int, rate: float, s: Settings
+) -> tuple[Tensor, list[float]]:
+    """PMET's two deltas [2 d_model] (MLP, attention) of a request of one wording, and the loss at every evaluation."""
+    hf, tokenizer = make_hf_model(architecture, torch.float64), make_tokenizer(architecture == "llama")
+    stack, inside = DOWN_PROJECTIONS[architecture]
+    block = hf.get_submodule(stack)[layer]
+    added: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+
+    def adding(name: str):
+        def hook(_m: nn.Module, _i: object, out: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+            value = out[0] if isinstance(out, tuple) else out
+            seen[name] = value[0].detach()
+            if name not in added:
+                return out
+            value = value + added[name]
+            return (value, *out[1:]) if isinstance(out, tuple) else value
+
+        return hook
+
+    block.get_submodule(inside).register_forward_hook(adding("mlp"))
+    block.get_submodule(ATTENTION[architecture]).register_forward_hook(adding("attention"))
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    target = tokenizer(" " + request.target_new, add_special_tokens=False)["input_ids"]
+
+    def forward(tokens: list[int], position: int, deltas: Tensor | None) -> Tensor:
+        added.clear()
+        if deltas is not None:
+            here = torch.zeros(1, len(tokens), 1, dtype=deltas.dtype)
+            here[0, position] = 1
+            added.update(mlp=here * deltas[0], attention=here * deltas[1])
+        return hf(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+    texts = []
+    for context in contexts:
+        filled = context.replace("{}", request.question)
+        subject_end = context.replace("{}", "") + request.prompt.split("{}")[0] + request.subject
+        texts.append((ids(filled) + target[:-1], len(ids(subject_end)) - 1, len(ids(filled)) - 1))
+    essence, essence_s = ids(f"{request.subject} is a"), len(ids(request.subject)) - 1
+    with torch.no_grad():
+        forward(texts[0][0], texts[0][1], None)
+        v0 = torch.stack([seen[name][texts[0][1]] for name in ("mlp", "attention")])
+        p0 = forward(essence, essence_s, None)[essence_s]
+    deltas = torch.zeros_like(v0, requires_grad=True)
+    m, v, weight, losses = torch.zeros_like(v0), torch.zeros_like(v0), 1.0, []
+    for step in range(steps):
+        nll, right = torch.zeros((), dtype=v0.dtype), True
+        for tokens, s_b, t_b in texts:
+            logp = forward(tokens, s_b, deltas)
+            nll = nll - sum(logp[t_b + i, t] for i, t in enumerate(target)) / len(target) / len(texts)
+            right = right and all(int(logp[t_b + i].argmax()) == t for i, t in enumerate(target))
+        now = forward(essence, essence_s, deltas)[essence_s]
+        kl = s.kl_factor * (p0.exp() * (p0 - now)).sum()
+        decay = sum((d.norm() if d.any() else (d * 0).sum()) / n.norm() ** 2 for d, n in zip(deltas, v0, strict=True))
+        loss = weight * nll + kl + s.weight_decay * decay
+        losses.append(loss.item())
+        if loss < 0.05 or (right and kl <= 0.01) or step == steps - 1:
+            break
+        weight = 0.1 if right else 1.0
+        (g,) = torch.autograd.grad(loss, deltas)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        with torch.no_grad():
+            m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+            deltas -= rate * m_hat / (v_hat.sqrt() + 1e-8)
+            for d, n in zip(deltas, v0, strict=True):
+                d *= min(1.0, s.clamp * n.norm() / d.norm())
+    return deltas.detach(), losses

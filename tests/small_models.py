@@ -52,6 +52,9 @@ DOWN_PROJECTIONS = {
     "llama": ("model.layers", "mlp.down_proj"),
 }
 
+# Where it keeps the attention of a layer.
+ATTENTION = {"gpt2": "attn", "gptj": "attn", "neox": "attention", "llama": "self_attn"}
+
 
 def make_hf_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The same weights at every call, large enough that heads differ and attention is far from uniform."""

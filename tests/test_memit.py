@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_models import DOWN_PROJECTIONS, make_hf_model, make_tokenizer
-from torch import Tensor
+from reference import reference_spread
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
@@ -38,63 +37,6 @@ def moments_of(model: TransformerBridge) -> dict[int, ad.SecondMoment]:
     return moments
 
 
-def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The stream of the only text that a block puts out."""
-    return (out[0] if isinstance(out, tuple) else out)[0]
-
-
-def reference(
-    architecture: str, layers: tuple[int, ...], deltas: list[Tensor], moments: dict[int, Tensor], weight: float
-) -> dict[int, Tensor]:
-    """The updates [d_mlp d_model] of each layer: a Hugging Face model, one text at a time, weights really changed."""
-    hf, tokenizer = make_hf_model(architecture, torch.float64), make_tokenizer(architecture == "llama")
-    stack, inside = DOWN_PROJECTIONS[architecture]
-    blocks = hf.get_submodule(stack)
-    seen: dict[str, Tensor] = {}
-    for index, block in enumerate(blocks):
-        block.get_submodule(inside).register_forward_pre_hook(
-            lambda _m, inputs, index=index: seen.__setitem__(f"key {index}", inputs[0][0])
-        )
-        block.register_forward_hook(lambda _m, _i, out, index=index: seen.__setitem__(f"out {index}", first(out)))
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text)["input_ids"]
-
-    def at_subject(template: str, subject: str, what: str) -> Tensor:
-        with torch.no_grad():
-            hf(torch.tensor([ids(template.replace("{}", subject))]))
-        return seen[what][len(ids(template.split("{}")[0] + subject)) - 1]
-
-    columns = []  # (request, context-free template, all templates)
-    for r, request in enumerate(REQUESTS):
-        n = max(len(CONTEXTS), len(request.wordings))
-        dealt = [(c, request.wordings[j % len(request.wordings)]) for j, c in enumerate(CONTEXTS[1:])]
-        plan = [("{}", w) for w in request.wordings] + dealt
-        for wording in request.wordings:
-            columns.append((r, wording, [c.replace("{}", w) for c, w in plan[:n] if w == wording]))
-    last = f"out {layers[-1]}"
-    target = [at_subject(plain, REQUESTS[r].subject, last) + deltas[r] for r, plain, _ in columns]
-    updates = {}
-    for i, layer in enumerate(layers):
-        K = torch.stack(
-            [
-                torch.stack([at_subject(t, REQUESTS[r].subject, f"key {layer}") for t in all_of]).mean(0)
-                for r, _, all_of in columns
-            ],
-            dim=1,
-        )
-        now = [at_subject(plain, REQUESTS[r].subject, last) for r, plain, _ in columns]
-        R = torch.stack([(z - n) / (len(layers) - i) for z, n in zip(target, now, strict=True)], dim=1)
-        C = moments[layer] + 1e-4 * moments[layer].diagonal().mean() * torch.eye(len(moments[layer]), dtype=R.dtype)
-        updates[layer] = (R @ K.T @ (weight * C + K @ K.T).inverse()).T
-        matrix = blocks[layer].get_submodule(inside).weight
-        with torch.no_grad():
-            matrix += (
-                updates[layer] if matrix.shape == updates[layer].shape and architecture == "gpt2" else updates[layer].T
-            )
-    return updates
-
-
 @pytest.mark.parametrize("layers", [(1,), (0, 1)])
 @pytest.mark.parametrize("weight", [0.5, 50.0])
 def test_updates_equal_the_reference(
@@ -111,7 +53,8 @@ def test_updates_equal_the_reference(
     spread = Spread(model, [texts], layers, lambda layer, K: batch_direction(K, factored[layer], weight), config.site)
     (found,) = spread.by_batch(spread.of(torch.stack([value.deltas for value in values])))
     matrices = {layer: moment.matrix for layer, moment in moments.items()}
-    expected = reference(architecture, layers, [value.delta for value in values], matrices, weight)
+    deltas = [value.delta for value in values]
+    expected = reference_spread(architecture, REQUESTS, CONTEXTS, layers, deltas, matrices, weight)
     for layer in layers:
         assert found[layer].rank == 4
         # Llama and NeoX compute parts of attention in float32, whose rounding depends on the shape of the batch.

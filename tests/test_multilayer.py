@@ -1,0 +1,129 @@
+"""What all editors of several layers share: single edits made together, presets, what a restriction looks at."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_memit import CONTEXTS, LAYERS, REQUESTS, moments_of
+from transformer_lens.model_bridge import TransformerBridge
+
+import attn_drift as ad
+from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
+from attn_drift.editors.presets import preset, preset_gamma
+from attn_drift.editors.spread import Site, Spread
+from attn_drift.hooks import stream_point
+from attn_drift.models import mlp_width
+from attn_drift.rewriting import request_texts
+
+Make = Callable[..., TransformerBridge]
+
+FAST = {"steps": 6, "learning_rate": 0.5, "clamp": 4.0, "stop_loss": -1.0}
+CONFIGS: list[MultiLayerConfig] = [
+    ad.MEMITConfig(layers=LAYERS, moment_weight=0.5, **FAST),
+    ad.PMETConfig(layers=LAYERS, moment_weight=0.5, **FAST),
+    ad.AlphaEditConfig(layers=LAYERS, nullspace_threshold=1.0, l2=0.1, **FAST),
+]
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda config: config.editor)
+def config(request: pytest.FixtureRequest) -> MultiLayerConfig:
+    return request.param
+
+
+def test_edits_made_together_equal_each_alone(make_model: Make, config: MultiLayerConfig) -> None:
+    """Batches of unlike size, restricted: none sees another."""
+    model = make_model("gpt2", torch.float64)
+    options = {"contexts": CONTEXTS, "moments": moments_of(model), "restrict": ad.SADR(gamma=0.5)}
+    batches = [[REQUESTS[2]], REQUESTS[:2], [REQUESTS[1]]]
+    together = edit_batches(model, batches, config, **options)
+    for batch, edit in zip(batches, together, strict=True):
+        (alone,) = edit_batches(model, [batch], config, **options)
+        assert edit.requests == tuple(batch)
+        for layer in LAYERS:
+            expected = alone.updates[layer].delta()
+            assert (edit.updates[layer].delta() - expected).norm() <= 1e-7 * expected.norm()
+        for own, other in zip(edit.histories, alone.histories, strict=True):
+            torch.testing.assert_close(own.terms, other.terms)
+            assert own.resulted == pytest.approx(other.resulted, rel=1e-6)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_is_penalised_is_what_results(make_model: Make, config: MultiLayerConfig, batched: bool) -> None:
+    """With ``restricted="update"`` the last evaluation is that of the update as written; with ``"value"`` it is not."""
+    model = make_model("gpt2", torch.float64)
+    options = {"contexts": CONTEXTS, "moments": moments_of(model), "restrict": ad.SADR(gamma=1.0, heads=ad.AllHeads())}
+    batches = [REQUESTS] if batched else [[request] for request in REQUESTS]
+    from dataclasses import replace
+
+    for looks_at in ("value", "update"):
+        edits = edit_batches(model, batches, replace(config, restricted=looks_at), **options)
+        for history in (history for edit in edits for history in edit.histories):
+            assert history.resulted is not None and history.resulted > 1e-4
+            same = history.resulted == pytest.approx(float(history.terms[-1, 4]), rel=1e-6)
+            assert same == (looks_at == "update")
+    held = edits[0].histories[0].selected
+    assert held is not None and held[-1, 1:].all() and not held[:, 0].any(), (
+        "layers above the first edited one are held"
+    )
+
+
+def test_the_gradient_through_one_layer_is_exact(make_model: Make) -> None:
+    """Of what is written into one layer by the delta, keys and directions being fixed there."""
+    model = make_model("gpt2", torch.float64)
+    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    width = mlp_width(model, 1)
+    W = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / width
+    spread = Spread(model, [texts], (1,), lambda layer, K: W @ K, Site(stream_point(1, "resid"), float, True))
+    deltas = torch.randn(3, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def written(d: torch.Tensor) -> torch.Tensor:
+        update = spread.of(d)[1]
+        return update.directions.T @ update.residuals
+
+    assert torch.autograd.gradcheck(written, (deltas,))
+
+
+def test_the_gradient_through_two_layers_is_a_descent(make_model: Make) -> None:
+    """It takes an earlier update to arrive as it is; along it, what is written moves as predicted to first order."""
+    model = make_model("gpt2", torch.float64)
+    texts = [request_texts(model, REQUESTS[0], ["{}"])]
+    moments = moments_of(model)
+    directions = CONFIGS[0].directions({layer: moments[layer] for layer in LAYERS}, torch.device("cpu"), None)
+    spread = Spread(model, [texts], LAYERS, directions, CONFIGS[0].site)
+    deltas = torch.randn(1, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    probe = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad((spread.of(deltas)[1].residuals @ probe).sum(), deltas)
+    ahead, behind = (spread.of(deltas.detach() + sign * 1e-5 * gradient)[1].residuals @ probe for sign in (1, -1))
+    assert ahead.sum() > behind.sum()
+
+
+def test_presets_are_found_and_last(make_model: Make, demo: TransformerBridge) -> None:
+    for kind, gamma in ((ad.MEMITConfig, 0.3), (ad.PMETConfig, 1.0), (ad.AlphaEditConfig, 0.3)):
+        config = kind.for_model(demo)
+        assert config.layers == (0, 1, 2) and config.steps == 60 and config.context_lengths == ((10, 2),)
+        assert preset_gamma(config.editor, demo, 2) == gamma
+    name = demo.cfg.model_name
+    try:
+        demo.cfg.model_name, n_layers = "EleutherAI/gpt-j-6B", demo.cfg.n_layers
+        demo.cfg.n_layers = 28
+        published = ad.MEMITConfig.for_model(demo)
+        assert published == ad.MEMITConfig(
+            layers=(3, 4, 5, 6, 7, 8), steps=25, learning_rate=0.5, ridge=0, moment_weight=15_000, clamp=0.75
+        )
+        assert preset_gamma("memit", demo, 8) == 0.005 and preset_gamma("pmet", demo, 8) == 0.08
+        assert ad.PMETConfig.for_model(demo).kl_factor == 1.0
+    finally:
+        demo.cfg.model_name, demo.cfg.n_layers = name, n_layers
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "layers"), [(2, (0,)), (4, (0, 1)), (12, (2, 3)), (32, (5, 6, 7, 8, 9)), (80, (18, 19, 20, 21, 22))]
+)
+def test_layers_without_a_preset_go_by_depth(
+    make_model: Make, caplog: pytest.LogCaptureFixture, n_layers: int, layers: tuple[int, ...]
+) -> None:
+    model = make_model("gpt2")
+    assert preset("memit", model) is None
+    model.cfg.n_layers = n_layers
+    assert ad.MEMITConfig.for_model(model).layers == layers
+    assert f"no preset for memit: layers {layers[0]} to {layers[-1]} of {n_layers} were chosen by depth" in caplog.text
