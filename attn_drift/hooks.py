@@ -183,12 +183,28 @@ def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Te
 
 
 def cached(model: TransformerBridge, batch: TokenBatch, stop: int) -> DynamicCache:
-    """Keys and values of the first ``stop`` tokens of texts that all begin at the first column, without gradients."""
+    """Keys and values of the columns before ``stop`` of a batch, without gradients; zero where a column is filling."""
+    # Run as if padded on the right: a token that sees nothing but filling may be NaN, and spread it.
+    shift, columns = batch.starts[:, None], torch.arange(stop, device=batch.ids.device)
+    source = (columns + shift).clamp(max=stop - 1)
+    ids, mask = (part[:, :stop].gather(1, source) for part in (batch.ids, batch.mask))
+    mask = mask & (columns + shift < stop)
+    cache = DynamicCache()
     with torch.no_grad():
-        _, cache = model(
-            batch.ids[:, :stop], return_type="logits_and_cache", use_cache=True, past_key_values=DynamicCache()
-        )
+        model(ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
+    back = (columns - shift).clamp(min=0)
+    for layer in cache.layers:
+        layer.keys, layer.values = (_moved(kept, back, batch.mask[:, :stop]) for kept in (layer.keys, layer.values))
     return cache
+
+
+def _moved(
+    kept: Float[Tensor, "text head pos width"], source: Int[Tensor, "text pos"], mask: Bool[Tensor, "text pos"]
+) -> Float[Tensor, "text head pos width"]:
+    """Each position's vectors taken from another one, zero where the mask is not set."""
+    index, present = (rearrange(part, "text pos -> text 1 pos 1").to(kept.device) for part in (source, mask))
+    moved: Tensor = torch.where(present, kept.gather(2, index.expand_as(kept)), torch.zeros_like(kept))
+    return moved
 
 
 def run_on(

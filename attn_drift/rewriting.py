@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.requests import SLOT, EditRequest, check_contexts, fill, find_subject
-from attn_drift.tokens import Completion, TokenBatch, Tokens, encode, encode_completion, pad
+from attn_drift.tokens import Completion, TokenBatch, Tokens, align, encode, encode_completion, pad
 
 IGNORED = -100
 
@@ -73,8 +73,8 @@ def _rewriting_text(model: TransformerBridge, request: EditRequest, context: str
 class RewritingBatch:
     """Texts of several requests in one padded batch: first rewriting texts, then essence texts.
 
-    Columns count from the texts' first tokens on. The model is run on those from ``offset`` on; what comes before is
-    the same at every step, and cached. Activations therefore begin at ``offset``, but for the key axis of patterns.
+    The model is run on the columns from ``offset`` on; what comes before is the same at every step, and cached.
+    Activations therefore begin at ``offset``, but for the key axis of patterns.
 
     Attributes:
         texts: per request.
@@ -125,43 +125,47 @@ def _rows(texts: Sequence[RequestTexts]) -> list[_Row]:
 
 def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts]) -> RewritingBatch:
     """All texts of several requests in one batch, run as a whole."""
-    return _batch(model, texts, _rows(texts), 0)
+    rows = _rows(texts)
+    return _batch(texts, rows, pad(model, [row.tokens for row in rows]), 0)
 
 
 def suffix_batches(model: TransformerBridge, texts: Sequence[RequestTexts]) -> list[RewritingBatch]:
-    """All texts of several requests in batches that begin at the earliest subject-last token of their texts.
+    """All texts of several requests in batches that begin at their subject-last tokens, aligned in one column.
 
-    Nothing before that token changes while a value is optimised. Texts are parted so that the tokens that are run, and
-    what every batch costs beside them (``TOKENS_PER_RUN``), are least.
+    Nothing before that token changes while a value is optimised. Texts are parted by what follows it, so that the
+    tokens that are run, filling included, and what every batch costs beside them (``TOKENS_PER_RUN``) are least.
     """
-    by_start: dict[int, list[_Row]] = {}
-    for row in _rows(texts):
-        by_start.setdefault(row.subject_last, []).append(row)
-    starts = sorted(by_start)
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for stop in range(1, len(starts) + 1):
-        costs = []
-        rows = longest = 0
-        for first in range(stop - 1, -1, -1):
-            group = by_start[starts[first]]
-            rows, longest = rows + len(group), max(longest, *(len(row.tokens) for row in group))
-            costs.append((best[first][0] + TOKENS_PER_RUN + rows * (longest - starts[first]), first))
-        best.append(min(costs))
     batches = []
-    stop = len(starts)
+    for rows in _parted(_rows(texts)):
+        subject_last = [row.subject_last for row in rows]
+        tokens = align(model, [row.tokens for row in rows], subject_last)
+        batches.append(_batch(texts, rows, tokens, max(subject_last)))
+    return batches
+
+
+def _parted(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Rows in groups of like length from the subject-last token on, each in the order of their places."""
+    by_length: dict[int, list[_Row]] = {}
+    for row in rows:
+        by_length.setdefault(len(row.tokens) - row.subject_last, []).append(row)
+    lengths = sorted(by_length)
+    # Of the first so many lengths: the least cost, and where its last group begins.
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for stop in range(1, len(lengths) + 1):
+        costs, n = [], 0
+        for first in range(stop - 1, -1, -1):
+            n += len(by_length[lengths[first]])
+            costs.append((best[first][0] + TOKENS_PER_RUN + n * lengths[stop - 1], first))
+        best.append(min(costs))
+    groups, stop = [], len(lengths)
     while stop:
         first = best[stop][1]
-        group = sorted((row for start in starts[first:stop] for row in by_start[start]), key=lambda row: row.place)
-        batches.append(_batch(model, texts, group, starts[first]))
+        groups.append(sorted((r for n in lengths[first:stop] for r in by_length[n]), key=lambda row: row.place))
         stop = first
-    return batches[::-1]
+    return groups[::-1]
 
 
-def _batch(
-    model: TransformerBridge, texts: Sequence[RequestTexts], rows: Sequence[_Row], offset: int
-) -> RewritingBatch:
-    # Where a prefix is cached, all rows begin at the first column.
-    tokens = pad(model, [row.tokens for row in rows], "right" if offset else None)
+def _batch(texts: Sequence[RequestTexts], rows: Sequence[_Row], tokens: TokenBatch, offset: int) -> RewritingBatch:
     device = tokens.ids.device
     completions = [row.completion for row in rows if row.completion is not None]
     target = torch.full((len(completions), max([len(c.target) for c in completions], default=1)), IGNORED)

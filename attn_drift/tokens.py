@@ -159,16 +159,24 @@ def pad(model: TransformerBridge, rows: Sequence[Tokens], side: str | None = Non
         raise ValueError("no texts were given; expected at least one")
     left = (side or model.tokenizer.padding_side) == "left"
     width = max(len(row) for row in rows)
+    return _placed(model, rows, [width - len(row) if left else 0 for row in rows])
+
+
+def align(model: TransformerBridge, rows: Sequence[Tokens], pivots: Sequence[int]) -> TokenBatch:
+    """Pads tokenized texts on both sides, so that the token ``pivots[i]`` of each stands in the same column."""
+    return _placed(model, rows, [max(pivots) - pivot for pivot in pivots])
+
+
+def _placed(model: TransformerBridge, rows: Sequence[Tokens], starts: Sequence[int]) -> TokenBatch:
     # What stands at masked columns does not matter, but must be in the vocabulary: a pad token need not be.
+    width = max(start + len(row) for start, row in zip(starts, rows, strict=True))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    starts = torch.tensor([width - len(row) if left else 0 for row in rows])
-    for i, row in enumerate(rows):
-        columns = slice(int(starts[i]), int(starts[i]) + len(row))
-        ids[i, columns] = torch.tensor(row.ids)
-        mask[i, columns] = True
+    for i, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        ids[i, start : start + len(row)] = torch.tensor(row.ids)
+        mask[i, start : start + len(row)] = True
     device = next(model.parameters()).device
-    return TokenBatch(tuple(rows), ids.to(device), mask.to(device), starts.to(device))
+    return TokenBatch(tuple(rows), ids.to(device), mask.to(device), torch.tensor(starts, device=device))
 
 
 def subject_span(tokens: Tokens, subject: str) -> range:

@@ -66,9 +66,9 @@ def retention(sequences: Mapping[str, EditSequence]) -> go.Figure:
                 x=rows["n_edits"],
                 y=rows[column],
                 customdata=_ends(rows, column),
-                mode="lines+markers",
+                # Of a batch, a point; of more, markers would hide which lines are broken.
+                mode="lines" if len(rows) > 2 else "lines+markers",
                 line=lines[name],
-                marker_size=4,
                 cliponaxis=False,
                 name=label(name),
                 legendgroup=name,
@@ -76,7 +76,7 @@ def retention(sequences: Mapping[str, EditSequence]) -> go.Figure:
                 hovertemplate=f"%{{x}} edits: %{{y:.3g}}%{{customdata}}<extra>{label(name)}</extra>",
                 **place,
             )
-        axis = {"type": "log"} if column in LOGARITHMIC else {"range": [0, 1.02]}
+        axis = {"type": "log", "dtick": "D2"} if column in LOGARITHMIC else {"range": [0, 1.02]}
         figure.update_yaxes(**axis, **place)
         figure.update_xaxes(title_text="edits so far", rangemode="tozero", **place)
     figure.update_layout(
