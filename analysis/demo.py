@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -109,6 +109,8 @@ def demonstrate(
     Raises:
         ValueError: a bad name or setting, or a number of facts that the world does not have; before the model runs.
     """
+    if isinstance(editors, str):
+        raise ValueError(f"the editors are the text {editors!r}; expected a list of names")
     started = time.perf_counter()
     world = World.load(demo_folder() / "world.json")
     cases = demo_cases(world, n, seed)
@@ -129,7 +131,7 @@ class _Plan:
     name: str
     requests: list[EditRequest]
     config: Config
-    restrict: SADR
+    restrict: SADR | None
 
     @classmethod
     def of(cls, model: TransformerBridge, world: World, cases: list[Case], name: str, gamma: float | None) -> "_Plan":
@@ -138,9 +140,11 @@ class _Plan:
         bound = method.bind(model)
         if bound.config is None:
             raise ValueError(f"{name!r} makes no edits; expected an editor")
-        # Where nothing is restricted, the heads that would be are recorded.
-        restrict = bound.restrict or SADR(gamma=0.0)
+        restrict = bound.restrict
+        if restrict is None and bound.config.restricted_above < model.cfg.n_layers - 1:
+            # Where nothing is restricted, the heads that would be are recorded.
+            restrict = SADR(gamma=0.0)
         if gamma is not None and method.restriction is not None and "gamma" not in method.restriction:
-            restrict = replace(restrict, gamma=gamma)
+            restrict = SADR(**{**method.restriction, "gamma": gamma})
         requests = [case.request if plain == name else rephrased(world, case) for case in cases]
         return cls(name, requests, bound.config, restrict)

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.alphaedit import AlphaEditConfig
@@ -15,6 +15,7 @@ from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
 from attn_drift.editors.pmet import PMETConfig
 from attn_drift.editors.presets import preset_gamma
 from attn_drift.editors.rome import ROMEConfig, rome
+from attn_drift.editors.shared import check_batches, listed
 from attn_drift.edits import Edit, compose
 from attn_drift.models import check_layer
 from attn_drift.moments import SecondMoment, sampled_moments
@@ -50,14 +51,22 @@ EDITORS: dict[str, Editor] = {
 }
 
 
+def _span(text: str) -> tuple[int, ...]:
+    """The layers of a name such as ``4-8``, or of one layer."""
+    first, _, last = text.partition("-")
+    return tuple(range(int(first), int(last or first) + 1))
+
+
 def _settable(kind: type) -> dict[str, Any]:
-    """The fields of a settings class that a name can set: numbers and words."""
+    """The fields of a settings class that a name can set: numbers, words, and edited layers (``layers=4-8``)."""
     hints = get_type_hints(kind)
-    return {
+    plain = {
         f.name: hints[f.name]
         for f in fields(kind)
         if hints[f.name] in (int, float, str) or get_origin(hints[f.name]) is Literal
     }
+    spans = {f.name: Annotated[tuple[int, ...], BeforeValidator(_span)] for f in fields(kind) if f.name == "layers"}
+    return plain | (spans if issubclass(kind, MultiLayerConfig) else {})
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,9 @@ class Method:
             raise ValueError(
                 f"{name!r} asks for {'+'.join(restrictions)!r}; expected nothing or {RESTRICTED!r} after +"
             )
-        settings, restriction = _settable(EDITORS[editor].config), _settable(SADR) if restrictions else {}
+        known = EDITORS[editor]
+        settings = {key: kind for key, kind in _settable(known.config).items() if key not in known.own}
+        restriction = _settable(SADR) if restrictions else {}
         values: dict[str, Any] = {}
         for item in given:
             key, equals, text = item.partition("=")
@@ -129,7 +140,7 @@ class Method:
             return BoundMethod(self, config, None)
         given = dict(self.restriction)
         if "gamma" not in given:
-            given["gamma"] = preset_gamma(config.editor, model, config.layers[-1])
+            given["gamma"] = preset_gamma(config.editor, model, config.restricted_above)
         restrict = SADR(**given)
         restrict.restricted_layers(model, config.restricted_above)
         return BoundMethod(self, config, restrict)
@@ -196,7 +207,12 @@ class BoundMethod:
 def single_edits(
     supplies: "Supplies", requests: Sequence[EditRequest], config: Config, restrict: Restriction | None
 ) -> list[Edit]:
-    """An edit for each request, optimised together, by the editor whose settings are given."""
+    """An edit for each request, optimised together, by the editor whose settings are given.
+
+    Raises:
+        ValueError: there are none.
+    """
+    listed(requests)
     contexts = supplies.contexts(config.context_lengths)
     if isinstance(config, ROMEConfig):
         moment = supplies.moment(config.layer)
@@ -213,7 +229,14 @@ def one_edit(
     restrict: Restriction | None,
     after: Edit | None = None,
 ) -> Edit:
-    """One edit of all requests, made while an earlier one is in effect; by ROME the sum of single edits."""
+    """One edit of all requests, made while an earlier one is in effect; by ROME the sum of single edits.
+
+    Raises:
+        ValueError: there are no requests, or one fact is asked for twice.
+    """
+    check_batches([requests])
+    # Before an edit is in effect: contexts and moments are those of the unedited model.
+    contexts, moments = supplies.contexts(config.context_lengths), supplies.moments(config.layers)
     if isinstance(config, ROMEConfig):
         with nullcontext() if after is None else after.applied(supplies.model):
             return compose(single_edits(supplies, requests, config, restrict))
@@ -221,8 +244,8 @@ def one_edit(
         supplies.model,
         [requests],
         config,
-        contexts=supplies.contexts(config.context_lengths),
-        moments=supplies.moments(config.layers),
+        contexts=contexts,
+        moments=moments,
         restrict=restrict,
         after=after,
     )

@@ -165,6 +165,8 @@ def _read_edit(
         raise ValueError("an edit in it has no layers")
     if sorted(histories) != list(range(len(histories))):
         raise ValueError(f"it has the histories {sorted(histories)}, of which some are missing")
+    if histories and len(histories) != len(stored["requests"]):
+        raise ValueError(f"it has {len(histories)} histories, not one for each request")
     return StoredEdit(
         {layer: _read_update(layer, layers[layer]) for layer in sorted(layers)},
         tuple(_read_request(request) for request in stored["requests"]),

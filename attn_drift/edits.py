@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +78,7 @@ class Edit:
         """
         self.check_fits(model)
         self.check_not_written(model)
-        self.warn_of_another_model(model)
+        self.warn_of_another_model(model, identities(model))
         hooks = [hook for layer, update in self.updates.items() for hook in updating(layer, update.keys, update.values)]
         with attached(model, hooks):
             yield
@@ -92,7 +92,7 @@ class Edit:
         """
         self.check_fits(model)
         self.check_not_written(model)
-        self.warn_of_another_model(model)
+        self.warn_of_another_model(model, identities(model))
         layers = written[model].layers if model in written else {}
         for layer in self.updates.keys() & layers.keys():
             layers[layer].check_untouched(model, layer)
@@ -137,9 +137,9 @@ class Edit:
         if not written_in(model).isdisjoint(self.leaves()):
             raise ValueError("this edit is already written in the model; remove_from(model) takes it out")
 
-    def warn_of_another_model(self, model: TransformerBridge) -> None:
-        """Logs a warning when the edit was made for other weights than the model's."""
-        if self.fingerprint not in identities(model):
+    def warn_of_another_model(self, model: TransformerBridge, known: Set[str]) -> None:
+        """Logs a warning when the edit was made for other weights than the model's, whose `identities` are known."""
+        if self.fingerprint not in known:
             log.warning(
                 "%r was made for other weights (%s) than those of %s (%s)",
                 self,
@@ -263,9 +263,11 @@ def applied_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> I
     Raises:
         ValueError: an edit does not fit the model, or is written in its weights, so that it would count twice.
     """
+    known = identities(model)
     for edit in {edit for edit in edits if edit is not None}:
         edit.check_fits(model)
         edit.check_not_written(model)
+        edit.warn_of_another_model(model, known)
     layers = sorted({layer for edit in edits if edit is not None for layer in edit.updates})
     with ExitStack() as stack:
         for layer in layers:

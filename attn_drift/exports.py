@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from attn_drift.edits import Edit, compose, written_in
 from attn_drift.models import check_model, down_projection
 from attn_drift.tokens import own_tokenizer
+from attn_drift.weights import identities
 
 
 def export(model: TransformerBridge, edit: Edit | None, folder: str | Path) -> None:
@@ -42,7 +43,7 @@ def export(model: TransformerBridge, edit: Edit | None, folder: str | Path) -> N
     weights = _weights(model, skeleton)
     if edit is not None:
         edit.check_fits(model)
-        edit.warn_of_another_model(model)
+        edit.warn_of_another_model(model, identities(model))
         there = written_in(model)
         if more := [leaf for leaf in edit.leaves() if leaf not in there]:
             weights |= _edited(model, compose(more), weights)

@@ -19,7 +19,7 @@ class EditHistory:
             ``p_target`` the probability of the whole target, averaged over the rewriting texts.
         selected: share of the rewriting texts on which a restriction selected a head; None without a restriction.
         resulted: the weighted restriction term under the update as written, where the last row of ``restriction`` is
-            that of the vector that was optimised; None where it was not measured.
+            that of what it looked at while the vector was optimised; None where it was not measured.
     """
 
     COLUMNS: ClassVar[tuple[str, ...]] = ("loss", "nll", "kl", "decay", "restriction", "p_target")

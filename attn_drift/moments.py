@@ -6,7 +6,7 @@ Accumulated and solved in float64 (method.md, section 4).
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ class SecondMoment:
     source: Mapping[str, str] = field(default_factory=dict)
     _factors: dict[tuple[float, str], FactoredMoment] = field(default_factory=dict, init=False)
     _null_spaces: dict[tuple[float, str], Tensor] = field(default_factory=dict, init=False)
-    _sizes: dict[str, float] = field(default_factory=dict, init=False)
+    _sizes: dict[tuple[int, int], float] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         return f"SecondMoment(L{self.layer}, {len(self.matrix)} x {len(self.matrix)}, {self.n_tokens} tokens)"
@@ -117,12 +117,15 @@ class SecondMoment:
         ``sqrt(E|k Delta|^2 / E|k W|^2)``: near 0 for an update that only its own keys see, above 1 for one that drowns
         what the layer did.
         """
-        if "values" not in self._sizes:
-            weight = down_projection(model, self.layer).detach().to(self.matrix)
-            self._sizes["values"] = float(((self.matrix @ weight) * weight).sum())
+        weight = down_projection(model, self.layer).detach()
+        state = (weight.data_ptr(), weight._version)
+        if state not in self._sizes:
+            wide = weight.to(self.matrix)
+            self._sizes[state] = float(((self.matrix @ wide) * wide).sum())
         keys, values = update.keys.to(self.matrix), update.values.to(self.matrix)
         change = float(((keys @ self.matrix @ keys.T) * (values @ values.T)).sum())
-        return sqrt(max(0.0, change) / self._sizes["values"])
+        size = self._sizes[state]
+        return sqrt(change / size) if size > 0 and change > 0 else 0.0 if change <= 0 else inf
 
     def check_fits(self, model: TransformerBridge, layer: int) -> None:
         """Raises a ValueError for a moment of another layer, shape or model, or one not finite and symmetric."""

@@ -150,8 +150,9 @@ def restricted_layers(model: TransformerBridge, layer: int, layers: tuple[int, .
         check_layer(model, index)
     if len(set(chosen)) < len(chosen) or any(index <= layer for index in chosen):
         raise ValueError(
-            f"the restricted layers are {chosen}; expected layers above the edited layer {layer}, each once: an edit "
-            "cannot change attention up to its own layer"
+            f"the restricted layers are {chosen}; expected layers above layer {layer}, each once: what a restriction "
+            "sees of an edit changes no attention up to there (of an edit of several layers it sees the vector at the "
+            "last, or with restricted='update' all that is written)"
         )
     if not chosen:
         raise ValueError(

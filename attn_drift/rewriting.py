@@ -123,9 +123,9 @@ def _rows(texts: Sequence[RequestTexts]) -> list[_Row]:
     return rows
 
 
-def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts]) -> RewritingBatch:
-    """All texts of several requests in one batch, run as a whole."""
-    rows = _rows(texts)
+def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts], essence: bool = True) -> RewritingBatch:
+    """All texts of several requests, those of the essence or not, in one batch, run as a whole."""
+    rows = [row for row in _rows(texts) if essence or row.completion is not None]
     return _batch(texts, rows, pad(model, [row.tokens for row in rows]), 0)
 
 

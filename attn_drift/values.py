@@ -46,6 +46,10 @@ class Settled:
     nll: float = 0.1
     kl: float = 0.01
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.nll < inf and 0 <= self.kl < inf):
+            raise ValueError(f"nll is {self.nll} and kl {self.kl}; expected neither to be negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValueConfig:
@@ -128,7 +132,7 @@ def optimise_values(
     """
     results: list[OptimisedValue] = []
     with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
-        for group in groups(model, texts) if writing is None else [list(texts)]:
+        for group in _alone(model, texts) if writing is None else [list(texts)]:
             batches = [rewriting_batch(model, group)] if whole else suffix_batches(model, group)
             optimisation = _Optimisation(model, points, group, batches, config, None if writing else restriction)
             if writing and restriction:
@@ -143,7 +147,7 @@ def restricted_by_updates(
 ) -> list[float]:
     """The weighted restriction term of each request under low-rank updates, on whole texts."""
     found: list[float] = []
-    for group in groups(model, texts):
+    for group in _alone(model, texts):
         own = slice(len(found), len(found) + len(group))
         seen = {
             layer: (keys[own], values[own]) if keys.ndim == 3 else (keys, values)
@@ -153,19 +157,26 @@ def restricted_by_updates(
     return found
 
 
-def groups(model: TransformerBridge, texts: Sequence[RequestTexts]) -> Iterator[list[RequestTexts]]:
-    """Consecutive requests whose padded texts stay within ``LOGITS_AT_ONCE``."""
-    group: list[RequestTexts] = []
+def groups(model: TransformerBridge, units: Sequence[Sequence[RequestTexts]]) -> Iterator[list[Sequence[RequestTexts]]]:
+    """Consecutive units, each of requests that belong together, whose padded texts stay within ``LOGITS_AT_ONCE``."""
+    group: list[Sequence[RequestTexts]] = []
     rows = width = 0
-    for request in texts:
-        longest = max(len(request.essence), *(len(text.completion.tokens) for text in request.rewriting))
-        size = len(request.rewriting) + 1
+    for unit in units:
+        texts = [text.completion.tokens for request in unit for text in request.rewriting]
+        longest = max(len(tokens) for tokens in [*texts, *(request.essence for request in unit)])
+        size = len(texts) + len(unit)
         if group and (rows + size) * max(width, longest) * model.cfg.d_vocab > LOGITS_AT_ONCE:
             yield group
             group, rows, width = [], 0, 0
-        group.append(request)
+        group.append(unit)
         rows, width = rows + size, max(width, longest)
     yield group
+
+
+def _alone(model: TransformerBridge, texts: Sequence[RequestTexts]) -> Iterator[list[RequestTexts]]:
+    """`groups` of requests that do not belong together."""
+    for group in groups(model, [[request] for request in texts]):
+        yield [request for unit in group for request in unit]
 
 
 @contextmanager
@@ -187,7 +198,7 @@ class Witness:
 
     def __init__(self, model: TransformerBridge, texts: Sequence[RequestTexts], restriction: LossTerm) -> None:
         self.model, self.restriction = model, restriction
-        self.batch = rewriting_batch(model, texts)
+        self.batch = rewriting_batch(model, texts, essence=False)
         with torch.no_grad():
             self.vanilla = self._observe({})
 

@@ -91,7 +91,8 @@ def test_a_loaded_sum_has_its_parts(model: TransformerBridge, path: Path) -> Non
 def test_dtypes_and_shared_memory_are_kept(model: TransformerBridge, path: Path, dtype: torch.dtype) -> None:
     both = torch.randn(2, 128).to(dtype)
     update = ad.LowRankUpdate(both[:1], both[:1, :32], both[1:])
-    one = ad.Edit({1: update}, (), fingerprint(model), "x", histories=(ad.EditHistory(torch.rand(1, 6)),))
+    fact = ad.EditRequest("{} plays the", "Ada", "cello")
+    one = ad.Edit({1: update}, (fact,), fingerprint(model), "x", histories=(ad.EditHistory(torch.rand(1, 6)),))
     edit = compose([one, replace(one)])
     edit.save(path)
     assert same(ad.Edit.load(path, model), edit)

@@ -1,6 +1,7 @@
 """Methods by name: what is parsed, what is refused, and what presets fill in."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,3 +121,34 @@ def test_sweep_turns_one_knob_at_a_time() -> None:
         Sweep.parse("rome", {})
     with pytest.raises(ValueError, match="'steps=few'"):
         Sweep.parse("rome", {"steps": ["few"]})
+
+
+def test_every_editor_has_a_name(demo: TransformerBridge) -> None:
+    for name in ("rome", "r-rome", "memit", "pmet", "alphaedit"):
+        layers = (2,) if "rome" in name else (0, 1, 2)
+        bound = Method.parse(f"{name}+sadr").bind(demo)
+        assert bound.config is not None and bound.config.layers == layers
+        assert bound.gamma == preset_gamma(bound.config.editor, demo, 2)
+    assert Method.parse("r-rome").bind(demo).config == replace(ad.ROMEConfig.for_model(demo), keys="mean")
+    spread = Method.parse("memit+sadr:layers=1-3:restricted=update").bind(demo)
+    assert spread.config is not None and spread.config.layers == (1, 2, 3)
+    # Above layer 1, where the update begins: 4 x 8 heads; the preset's 0.3 is for the 3 x 8 above layer 2.
+    assert spread.gamma == pytest.approx(0.3 * 24 / 32, rel=0.05)
+    for name in ("r-rome:keys=constrained", "memit:layers=x", "rome:layers=1", "rome:restricted=update"):
+        with pytest.raises(ValueError, match=f"'{name.partition(':')[2]}' of"):
+            Method.parse(name)
+
+
+def test_contexts_and_moments_are_those_of_the_unedited_model(small: TransformerBridge) -> None:
+    """Also when they are first needed while an earlier edit is in effect."""
+    requests = [ad.EditRequest("{} plays the", "Ada Bellini", "cello"), ad.EditRequest("{} plays", "Carla", "organ")]
+    method = Method.parse("rome:layer=1:steps=2").bind(small)
+    fresh, used = Supplies(small, 0), Supplies(small, 0)
+    first = method.edit(requests[:1], used)
+    second = [method.edit(requests[1:], supplies, after=first) for supplies in (fresh, used)]
+    assert torch.equal(second[0].updates[1].delta(), second[1].updates[1].delta())
+    assert len(first.histories) == 1 and method.edit(requests, used).requests == tuple(requests)
+    with pytest.raises(ValueError, match="no requests were given"):
+        method.edits([], used)
+    with pytest.raises(ValueError, match="asked for twice"):
+        method.edit([requests[0], requests[0]], used)

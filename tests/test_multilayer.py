@@ -1,6 +1,8 @@
 """What all editors of several layers share: single edits made together, presets, what a restriction looks at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,3 +129,41 @@ def test_layers_without_a_preset_go_by_depth(
     model.cfg.n_layers = n_layers
     assert ad.MEMITConfig.for_model(model).layers == layers
     assert f"no preset for memit: layers {layers[0]} to {layers[-1]} of {n_layers} were chosen by depth" in caplog.text
+
+
+def test_bad_batches_are_named_before_any_run(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gpt2")
+    options = {"contexts": CONTEXTS, "moments": moments_of(model)}
+    first = ad.memit(model, REQUESTS[0], config=CONFIGS[0], **options)
+    rome_edit = ad.rome(model, REQUESTS[0], config=ad.ROMEConfig(layer=0, steps=1), contexts=["{}"])
+    other = make_model("gptj")
+    foreign = ad.memit(other, REQUESTS[0], config=CONFIGS[0], contexts=CONTEXTS, moments=moments_of(other))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(model.original_model, "forward", refuse)
+    for batches in ([], [[]], [[REQUESTS[0]], []]):
+        with pytest.raises(ValueError, match="of them without requests"):
+            edit_batches(model, batches, CONFIGS[0], **options)
+    with pytest.raises(ValueError, match=r"asked for twice in one batch \('cello' and 'organ'\)"):
+        ad.memit(model, [REQUESTS[0], replace(REQUESTS[0], target_new="organ")], config=CONFIGS[0])
+    with pytest.raises(ValueError, match="does not tell which keys it serves"):
+        ad.alphaedit(model, REQUESTS[1], config=CONFIGS[2], after=rome_edit)
+    with pytest.raises(ValueError, match="was made for other weights"):
+        edit_batches(model, [[REQUESTS[1]]], CONFIGS[0], after=foreign)
+    with first_written(model, first), pytest.raises(ValueError, match="already written in the model"):
+        edit_batches(model, [[REQUESTS[1]]], CONFIGS[0], after=first)
+    with pytest.raises(ValueError, match="expected one for each layer"):
+        edit_batches(model, [[REQUESTS[0]]], CONFIGS[0], contexts=CONTEXTS, moments=moments_of(model)[0])
+    with pytest.raises(ValueError, match="of an edit of several layers it sees the vector at the last"):
+        ad.memit(model, REQUESTS[0], config=CONFIGS[0], restrict=ad.SADR(gamma=1.0, layers=(1, 2)), **options)
+
+
+@contextmanager
+def first_written(model: TransformerBridge, edit: ad.Edit) -> Iterator[None]:
+    edit.write_to(model)
+    try:
+        yield
+    finally:
+        edit.remove_from(model)

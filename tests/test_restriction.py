@@ -169,12 +169,12 @@ def test_bad_settings_are_named(small: TransformerBridge) -> None:
     with pytest.raises(ValueError, match="layer 5 is out of range"):
         ad.SADR(gamma=1, layers=(5,)).bind(small, 0)
     for layers in ((0, 1), (1, 1)):
-        with pytest.raises(ValueError, match="above the edited layer 0, each once"):
+        with pytest.raises(ValueError, match="above layer 0, each once"):
             ad.SADR(gamma=1, layers=layers).bind(small, 0)
     with pytest.raises(ValueError, match="L1H9"):
         ad.SADR(gamma=1, heads=ad.FixedHeads(frozenset({(1, 9)}))).bind(small, 0)
     for weight in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"weight is {weight}"):
             ad.HiddenState(weight=weight)
-    with pytest.raises(ValueError, match="above the edited layer 1, each once"):
+    with pytest.raises(ValueError, match="above layer 1, each once"):
         ad.HiddenState(weight=1, layers=(1,)).bind(small, 1)

@@ -45,6 +45,10 @@ class AlphaEditConfig(MultiLayerConfig):
                 f"nullspace_threshold is {self.nullspace_threshold} and l2 {self.l2}; expected both to be positive"
             )
 
+    def check_earlier(self, earlier: Edit) -> None:
+        """Raises a ValueError for an earlier edit that does not tell its keys."""
+        _served(earlier, self.layers)
+
     def directions(self, moments: Mapping[int, SecondMoment], device: torch.device, earlier: Edit | None) -> Directions:
         served = _served(earlier, self.layers)
         spaces = {layer: moment.null_space(self.nullspace_threshold, device) for layer, moment in moments.items()}
@@ -73,8 +77,8 @@ def alphaedit(
         moments: per edited layer the second moment of its keys; `sampled_moments` when None.
         restrict: a loss term that restricts what the edit may do above the last edited layer (or above the first, see
             `MultiLayerConfig.restricted`), such as `SADR`.
-        after: an earlier edit of this editor, or a sum of several: it is in effect while this one is made, and its
-            keys are spared. The two may be added.
+        after: an earlier edit that tells its keys, such as one of this editor, or a sum of several: it is in effect
+            while this one is made, and its keys are spared. The two may be added.
         generator: of the contexts that are sampled here; seed 0 when None.
 
     Raises:
@@ -103,7 +107,7 @@ def _served(earlier: Edit | None, layers: Sequence[int]) -> dict[int, Float64[Te
     for layer in sorted(set(layers) & set(earlier.updates)):
         served = earlier.updates[layer].served
         if served is None:
-            raise ValueError(f"{earlier!r} does not tell which keys it serves; give edits that alphaedit made")
+            raise ValueError(f"{earlier!r} does not tell which keys it serves; give edits such as alphaedit's own")
         found[layer] = served.T.double()
     return found
 

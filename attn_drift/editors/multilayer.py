@@ -12,15 +12,17 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.presets import preset
-from attn_drift.editors.shared import Lengths, finished, texts_of, warn_of_explosion, with_results
+from attn_drift.editors.shared import Lengths, check_batches, finished, texts_of, warn_of_explosion, with_results
 from attn_drift.editors.spread import Directions, Site, Spread
 from attn_drift.edits import Edit
+from attn_drift.history import EditHistory
 from attn_drift.hooks import stream_point
-from attn_drift.models import check_finite, check_layer, check_model, float64_device
+from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
 from attn_drift.moments import SecondMoment, sampled_moments
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
-from attn_drift.values import ValueConfig, Writing, optimise_values
+from attn_drift.values import ValueConfig, Writing, groups, optimise_values
+from attn_drift.weights import LowRankUpdate, identities
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class MultiLayerConfig(ValueConfig, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.layers, Sequence) or not all(isinstance(layer, int) for layer in self.layers):
+            raise ValueError(f"the layers are {self.layers!r}; expected a tuple of whole numbers")
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"the layers are {self.layers}; expected at least one, ascending, each once")
@@ -96,6 +100,9 @@ class MultiLayerConfig(ValueConfig, ABC):
         """Where values are read: by default the residual stream after the last edited layer."""
         return Site(stream_point(self.layers[-1], "resid"), float, carries=True)
 
+    def check_earlier(self, earlier: Edit) -> None:
+        """Raises a ValueError for an earlier edit that does not tell what the editor needs of it: here nothing."""
+
     @abstractmethod
     def directions(self, moments: Mapping[int, SecondMoment], device: torch.device, earlier: Edit | None) -> Directions:
         """What the editor makes of keys; raises a ValueError for moments or an earlier edit that do not serve it."""
@@ -116,10 +123,13 @@ def edit_batches(
 
     Arguments and errors are those of `memit`; ``after`` is an earlier edit that is in effect meanwhile.
     """
+    check_batches(batches)
     check_model(model)
     for layer in config.layers:
         check_layer(model, layer)
     check_finite(model)
+    if after is not None:
+        _check_after(model, config, after)
     term = None if restrict is None else restrict.bind(model, config.restricted_above)
     if moments is not None:
         directions = _directions(model, config, moments, after)
@@ -129,12 +139,19 @@ def edit_batches(
         directions = _directions(model, config, moments, after)
     remaining = iter(flat)
     grouped = [list(islice(remaining, len(batch))) for batch in batches]
+    updates: list[dict[int, LowRankUpdate]] = []
+    histories: list[EditHistory] = []
+    # Where a restriction looks at the updates of a batch, all its values are optimised at once.
+    chunks = [grouped] if config.restricted == "value" else groups(model, grouped)
     with nullcontext() if after is None else after.applied(model):
-        spread = Spread(model, grouped, config.layers, directions, config.site)
-        values = optimise_values(model, config.points, flat, config, term, _writing(spread, config))
-        found = spread.of(torch.stack([value.deltas for value in values]))
-        histories = with_results(model, flat, values, term, spread.by_request(found))
-    edits = finished(model, config.editor, config, restrict, batches, spread.by_batch(found), histories)
+        for chunk in chunks:
+            spread = Spread(model, chunk, config.layers, directions, config.site)
+            texts = [request for batch in chunk for request in batch]
+            values = optimise_values(model, config.points, texts, config, term, _writing(spread, config))
+            found = spread.of(torch.stack([value.deltas for value in values]))
+            updates += spread.by_batch(found)
+            histories += with_results(model, texts, values, term, spread.by_request(found))
+    edits = finished(model, config.editor, config, restrict, batches, updates, histories)
     for edit in edits:
         warn_of_explosion(model, edit, moments)
     return edits
@@ -145,14 +162,28 @@ def _writing(spread: Spread, config: MultiLayerConfig) -> Writing | None:
     return None if config.restricted == "value" else lambda deltas: spread.by_request(spread.of(deltas))
 
 
+def _check_after(model: TransformerBridge, config: MultiLayerConfig, after: Edit) -> None:
+    """Raises a ValueError for an earlier edit that cannot be in effect, or does not tell what the editor needs."""
+    after.check_fits(model)
+    after.check_not_written(model)
+    if after.fingerprint not in identities(model):
+        raise ValueError(
+            f"{after!r} was made for other weights ({after.fingerprint[:8]}) than those of {model.cfg.model_name} "
+            f"({fingerprint(model)[:8]}), so that the two could not be added"
+        )
+    config.check_earlier(after)
+
+
 def _directions(
     model: TransformerBridge, config: MultiLayerConfig, moments: Mapping[int, SecondMoment], after: Edit | None
 ) -> Directions:
-    """The editor's, from moments that fit.
+    """The editor's, from moments that fit the model.
 
     Raises:
         ValueError: a layer has no second moment, or one that does not fit the model or the editor.
     """
+    if not isinstance(moments, Mapping):
+        raise ValueError(f"the moments are {moments!r}; expected one for each layer: {{layer: moment}}")
     missing = [layer for layer in config.layers if layer not in moments]
     if missing:
         raise ValueError(f"second moments of the layers {sorted(moments)} were given; those of {missing} are missing")

@@ -207,7 +207,8 @@ def key_direction(
     product = u @ k0
     cosine = float(product / (u.norm() * k0.norm()))
     if abs(cosine) < SMALL_COSINE:
-        log.warning("the update of %r explodes: u and k0 are almost orthogonal (cosine %.1e)", texts.request, cosine)
+        said = "the update of %r explodes: its denominator u . k0 is %.1e, with |u| %.1e and |k0| %.1e (cosine %.1e)"
+        log.warning(said, texts.request, product, u.norm(), k0.norm(), cosine)
     direction: Float64[Tensor, " d_mlp"] = u / product
     return direction
 

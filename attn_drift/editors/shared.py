@@ -43,6 +43,22 @@ def listed(requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
     return several
 
 
+def check_batches(batches: Sequence[Sequence[EditRequest]]) -> None:
+    """Raises a ValueError where there is nothing to edit, or a batch asks for one fact twice."""
+    if not batches or not all(batches):
+        raise ValueError(f"{len(batches)} batches were given, {sum(not b for b in batches)} of them without requests")
+    for batch in batches:
+        seen: dict[str, EditRequest] = {}
+        for request in batch:
+            if request.question in seen:
+                other = seen[request.question]
+                raise ValueError(
+                    f"{request.question!r} is asked for twice in one batch ({other.target_new!r} and "
+                    f"{request.target_new!r}), so that both would be written; give each fact once"
+                )
+            seen[request.question] = request
+
+
 def texts_of(
     model: TransformerBridge,
     requests: Sequence[EditRequest],
@@ -112,7 +128,7 @@ def warn_of_explosion(model: TransformerBridge, edit: Edit, moments: Mapping[int
     """Says in the log, with figures, where an update drowns what its layer did, so that the model will not survive."""
     for layer, update in edit.updates.items():
         leakage = moments[layer].leakage(model, update)
-        if leakage > EXPLODED:
+        if not leakage <= EXPLODED:
             weight = down_projection(model, layer).detach().float().norm()
             log.warning(
                 "the update of layer %d explodes: it changes the values of ordinary keys by %.3g times their size (its "

@@ -52,12 +52,12 @@ class LayerUpdate:
     Attributes:
         directions: in key space.
         residuals: what each adds.
-        keys: which each maps.
+        served: the key that each maps.
     """
 
     directions: Float[Tensor, "column d_mlp"]
     residuals: Float[Tensor, "column d_model"]
-    keys: Float[Tensor, "column d_mlp"]
+    served: Float[Tensor, "column d_mlp"]
 
 
 class Spread:
@@ -93,6 +93,7 @@ class Spread:
         self.row_batch = self.batch.repeat_interleave(torch.tensor(self.lengths, device=device))
         self.request_batch = torch.tensor(batch_of, device=device)
         self.n_batches = len(batches)
+        self.together: Bool[Tensor, "column column"] = self.batch[:, None] == self.batch
         self.vanilla = self._read(layers[0], {})
 
     def of(self, deltas: Deltas) -> dict[int, LayerUpdate]:
@@ -104,7 +105,9 @@ class Spread:
         delta = deltas[self.request, 0]
         target = self.vanilla[1].to(delta) + delta.detach()
         found: dict[int, LayerUpdate] = {}
-        arrived = torch.zeros_like(delta[:, :1])
+        eye = torch.eye(len(delta), dtype=delta.dtype, device=delta.device)
+        # What of each column's delta has arrived at each column's site.
+        arrived = torch.zeros_like(eye)
         for i, layer in enumerate(self.layers):
             keys, now = self.vanilla if i == 0 else self._read(layer, found)
             mean = torch.stack([own.double().mean(0) for own in torch.split(keys, self.lengths)], dim=1)
@@ -112,10 +115,11 @@ class Spread:
             for own in self._members():
                 directions[:, own] = self.directions(layer, mean[:, own]).to(mean)
             share = self.site.share(len(self.layers) - i)
-            linear = (1 - arrived) / share
-            residuals = (target - now.to(delta)) / share + linear * (delta - delta.detach())
+            linear = (eye - arrived) / share
+            residuals = (target - now.to(delta)) / share + linear @ (delta - delta.detach())
             if self.site.carries:
-                arrived = arrived + linear * (mean * directions).sum(0)[:, None].to(delta)
+                gains = (keys[self.alone].double() @ directions).to(delta)
+                arrived = arrived + (gains * self.together) @ linear
             found[layer] = LayerUpdate(directions.T.to(delta), residuals, mean.T.to(delta))
         return found
 
@@ -123,7 +127,7 @@ class Spread:
         """By batch, the update of every layer."""
         return [
             {
-                layer: LowRankUpdate(*(part[own].detach().cpu() for part in (u.directions, u.residuals, u.keys)))
+                layer: LowRankUpdate(*(part[own].detach().cpu() for part in (u.directions, u.residuals, u.served)))
                 for layer, u in found.items()
             }
             for own in self._members()
@@ -148,8 +152,8 @@ class Spread:
         present = torch.arange(rank, device=index.device) < torch.tensor([[len(own)] for own in members]).to(index)
         return {
             layer: (
-                (update.directions[index] * present[..., None])[batch],
-                (update.residuals[index] * present[..., None])[batch],
+                (update.directions[index] * present[..., None].to(update.directions))[batch],
+                (update.residuals[index] * present[..., None].to(update.residuals))[batch],
             )
             for layer, update in found.items()
         }
