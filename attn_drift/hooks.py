@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -18,6 +19,8 @@ from transformers import DynamicCache
 from attn_drift.tokens import TokenBatch
 
 Hook = tuple[str, Callable[..., Tensor | None]]
+
+_points: WeakKeyDictionary[TransformerBridge, dict[str, Any]] = WeakKeyDictionary()
 
 
 def key_point(layer: int) -> str:
@@ -61,6 +64,11 @@ def stream_point(layer: int, kind: str) -> str:
     return f"blocks.{layer}.{names[kind]}"
 
 
+def layer_of(point: str) -> int:
+    """The layer that a hook point lies in."""
+    return int(point.split(".")[1])
+
+
 def embedding_point() -> str:
     """Hook point of the token embeddings: ``[text pos d_model]``."""
     return "embed.hook_out"
@@ -69,8 +77,19 @@ def embedding_point() -> str:
 @contextmanager
 def attached(model: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
     """Attaches hooks, and on exit, exceptions included, removes them and no others."""
-    with model.hooks(fwd_hooks=list(hooks)):
+    if model not in _points:
+        # Finding the points takes longer than a small layer.
+        _points[model] = dict(model.hook_dict)
+    added = []
+    try:
+        for name, hook in hooks:
+            point = _points[model][name]
+            added.append((point, point.add_hook(hook)))
         yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
 
 def reading(points: Sequence[str], store: dict[str, Tensor]) -> list[Hook]:
@@ -178,7 +197,7 @@ def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Te
         FloatingPointError: the logits at a real token are NaN or infinite.
     """
     logits: Tensor = model(batch.ids, attention_mask=batch.mask.long(), return_type="logits", **options)
-    _check_logits(model, batch, logits, 0)
+    _check_logits(model, batch, logits, batch.mask)
     return logits
 
 
@@ -208,25 +227,61 @@ def _moved(
 
 
 def run_on(
-    model: TransformerBridge, batch: TokenBatch, cache: DynamicCache, start: int
-) -> Float[Tensor, "text pos vocab"]:
+    model: TransformerBridge, batch: TokenBatch, cache: DynamicCache, start: int, columns: Int[Tensor, "text read"]
+) -> Float[Tensor, "text read vocab"]:
     """Runs the model on the tokens from column ``start`` on, after what is `cached`, which is left as it is.
+
+    Args:
+        model, batch, cache, start: as above; an empty cache where ``start`` is 0.
+        columns: at which logits are made, counted from ``start``.
 
     Raises:
         FloatingPointError: the logits at a real token are NaN or infinite.
     """
     fork = copy(cache)
     fork.layers = [copy(layer) for layer in cache.layers]
-    logits: Tensor = model(
-        batch.ids[:, start:], attention_mask=batch.mask.long(), past_key_values=fork, return_type="logits"
-    )
-    _check_logits(model, batch, logits, start)
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+
+    def gather(stream: Tensor, hook: Any) -> Tensor:
+        return stream[rows.to(stream.device), columns.to(stream.device)]
+
+    options = {"attention_mask": batch.mask.long(), "past_key_values": fork, "return_type": "logits"}
+    with attached(model, [("unembed.hook_in", gather)]):
+        logits: Tensor = model(batch.ids[:, start:], **options)
+    _check_logits(model, batch, logits, batch.mask[rows, start + columns])
     return logits
 
 
-def _check_logits(model: TransformerBridge, batch: TokenBatch, logits: Tensor, start: int) -> None:
+@contextmanager
+def keeping_output(model: TransformerBridge, layer: int, store: list[Any]) -> Iterator[None]:
+    """A block in which what a layer puts out is put into ``store``; nothing where there is no such layer."""
+    if layer < 0:
+        yield
+        return
+    handle = model.blocks[layer].register_forward_hook(lambda _module, _inputs, output: store.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def skipping(model: TransformerBridge, layers: int, output: Any) -> Iterator[None]:
+    """A block in which the first layers are not run: the last of them puts out what it did before."""
+    blocks = list(model.blocks)[:layers]
+    try:
+        for block in blocks:
+            # A bridge hands plain assignments on to what it wraps.
+            vars(block)["forward"] = lambda *_inputs, **_options: output
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+def _check_logits(model: TransformerBridge, batch: TokenBatch, logits: Tensor, real: Bool[Tensor, "text pos"]) -> None:
     # The final norm and the unembedding spread whatever is not finite over the whole vocabulary.
-    broken = (~torch.isfinite(logits[:, :, 0]) & batch.mask[:, start:]).any(1)
+    broken = (~torch.isfinite(logits[:, :, 0]) & real).any(1)
     if broken.any():
         raise _not_finite(model, "logits", batch.rows[int(broken.nonzero()[0, 0])].text)
 

@@ -10,26 +10,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, isfinite
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.history import EditHistory
-from attn_drift.hooks import adding, attached, cached, reading, run, run_on, updating
+from attn_drift.passes import Deltas, Pass, Update, WholePass, Witness
 from attn_drift.restriction import LossTerm, Penalty
-from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch, suffix_batches
+from attn_drift.rewriting import IGNORED, RequestTexts, rewriting_batch, suffix_batches
 
 # Logits of one step, in numbers: requests are optimised in groups that stay below it (one at least).
 LOGITS_AT_ONCE = 2**27
 
 
-Deltas = Float[Tensor, "request site d_model"]
-# Keys and values of a low-rank update, shared by all requests, or with a leading axis of requests.
-Update = tuple[Float[Tensor, "*request rank d_mlp"], Float[Tensor, "*request rank d_model"]]
 # The updates by layer that would be written for given deltas, with their gradients.
 Writing = Callable[[Deltas], Mapping[int, Update]]
 
@@ -133,10 +129,11 @@ def optimise_values(
     results: list[OptimisedValue] = []
     with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
         for group in _alone(model, texts) if writing is None else [list(texts)]:
-            batches = [rewriting_batch(model, group)] if whole else suffix_batches(model, group)
-            optimisation = _Optimisation(model, points, group, batches, config, None if writing else restriction)
-            if writing and restriction:
-                optimisation.witness, optimisation.writing = Witness(model, group, restriction), writing
+            if writing is None or restriction is None:
+                optimisation = _Optimisation(model, points, group, config, restriction, whole)
+            else:
+                witness = Witness(model, group, restriction)
+                optimisation = _Witnessed(model, points, group, config, None, whole).by(witness, writing)
             results += optimisation.run()
             progress.update(len(group))
     return results
@@ -193,38 +190,6 @@ def _frozen(model: TransformerBridge) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-class Witness:
-    """Whole rewriting texts of some requests, on which a restriction looks at low-rank updates."""
-
-    def __init__(self, model: TransformerBridge, texts: Sequence[RequestTexts], restriction: LossTerm) -> None:
-        self.model, self.restriction = model, restriction
-        self.batch = rewriting_batch(model, texts, essence=False)
-        with torch.no_grad():
-            self.vanilla = self._observe({})
-
-    def _observe(self, updates: Mapping[int, Update]) -> Any:
-        store: dict[str, Tensor] = {}
-        hooks = reading(self.restriction.points, store)
-        for layer, (keys, values) in updates.items():
-            several = keys.ndim == 3
-            rows = (keys[self.batch.owner], values[self.batch.owner]) if several else (keys, values)
-            hooks += updating(layer, *rows)
-        with attached(self.model, hooks):
-            run(self.model, self.batch.tokens)
-        return self.restriction.observe(store, self.batch)
-
-    def penalty(self, updates: Mapping[int, Update]) -> Penalty:
-        """The restriction's under updates, gradients kept."""
-        return self.restriction.penalty(self.vanilla, self._observe(updates), self.batch)
-
-    def mean_loss(self, updates: Mapping[int, Update]) -> Float[Tensor, " request"]:
-        """The weighted term of each request under updates."""
-        with torch.no_grad():
-            loss = self.penalty(updates).loss
-        owner = self.batch.owner[: self.batch.n_texts]
-        return torch.stack([loss[owner == r].mean() for r in range(len(self.batch.texts))])
-
-
 @dataclass(eq=False)
 class _Terms:
     """Weighted loss terms of each request at one evaluation."""
@@ -247,101 +212,37 @@ class _Terms:
         return torch.stack(terms, dim=1).detach().cpu()
 
 
-class _Part:
-    """A batch of texts that is run together, and its share of the loss."""
-
-    def __init__(
-        self,
-        model: TransformerBridge,
-        points: Sequence[str],
-        batch: RewritingBatch,
-        restriction: LossTerm | None,
-        delta: Deltas,
-    ) -> None:
-        self.model, self.points, self.batch = model, points, batch
-        # Essence texts have nothing to restrict.
-        self.restriction = restriction if batch.n_texts else None
-        self.dtype = delta.dtype
-        self.store: dict[str, Tensor] = {}
-        read = [*points, *([] if self.restriction is None else self.restriction.points)]
-        columns = batch.subject_last - batch.offset
-
-        def vectors_of(site: int) -> Callable[[], Float[Tensor, "text d_model"]]:
-            return lambda: delta[batch.owner, site]
-
-        # Reading comes before adding, so that the stored values are the vanilla ones.
-        added = [adding(point, columns, vectors_of(site)) for site, point in enumerate(points)]
-        self.hooks = [*reading(read, self.store), *added]
-        self.cache = cached(model, batch.tokens, batch.offset) if batch.offset else None
-
-    def run(self) -> Float[Tensor, "row pos vocab"]:
-        """The logits, from the batch's offset on; activations go to ``store``."""
-        batch = self.batch
-        with attached(self.model, self.hooks):
-            if self.cache is None:
-                return run(self.model, batch.tokens)
-            return run_on(self.model, batch.tokens, self.cache, batch.offset)
-
-    def record_vanilla(self) -> None:
-        """Keeps what the restriction compares with, of the run just made."""
-        if self.restriction is not None:
-            read = {point: self.store[point].detach() for point in self.restriction.points}
-            self.vanilla = self.restriction.observe(read, self.batch)
-
-    def values(self) -> Float[Tensor, "text site d_model"]:
-        """Of the run just made: the values at the subject-last tokens of the rewriting texts, before delta."""
-        batch = self.batch
-        rows = torch.arange(batch.n_texts, device=batch.owner.device)
-        stored = torch.stack([self.store[point].detach().to(rows.device) for point in self.points], dim=2)
-        return stored[rows, batch.subject_last[: batch.n_texts] - batch.offset].to(self.dtype)
-
-    def target(self, logits: Tensor) -> tuple[Float[Tensor, " text"], Bool[Tensor, " text"]]:
-        """Negative log-probability of the target, averaged over its tokens, and whether all are the first choice."""
-        batch = self.batch
-        present: Bool[Tensor, "text target"] = batch.target != IGNORED
-        columns = (batch.prompt_last - batch.offset)[:, None]
-        columns = columns + torch.arange(batch.target.shape[1], device=logits.device)
-        columns = columns.clamp(max=logits.shape[1] - 1)
-        rows = torch.arange(batch.n_texts, device=logits.device)[:, None]
-        log_probs = logits[rows, columns].to(self.dtype).log_softmax(-1)
-        token = log_probs.gather(-1, batch.target.clamp(min=0)[..., None]).squeeze(-1)
-        first = ((log_probs.argmax(-1) == batch.target) | ~present).all(1)
-        return -(token * present).sum(1) / present.sum(1), first
-
-    def essence_log_probs(self, logits: Tensor) -> Float[Tensor, "essence vocab"]:
-        """Of the essence texts in the batch, at their subject-last tokens."""
-        batch = self.batch
-        rows = torch.arange(batch.n_texts, len(batch.owner), device=logits.device)
-        return logits[rows, batch.subject_last[rows] - batch.offset].to(self.dtype).log_softmax(-1)
-
-    def penalty(self) -> Penalty:
-        """The restriction's, of the run just made."""
-        if self.restriction is None:
-            return Penalty(torch.zeros(self.batch.n_texts, dtype=self.dtype, device=self.batch.owner.device))
-        return self.restriction.penalty(self.vanilla, self.restriction.observe(self.store, self.batch), self.batch)
-
-
 class _Optimisation:
-    """Some requests, optimised together."""
+    """Some requests, optimised together; those that are done leave once they are half of what is run."""
 
     def __init__(
         self,
         model: TransformerBridge,
         points: Sequence[str],
         texts: Sequence[RequestTexts],
-        batches: Sequence[RewritingBatch],
         config: ValueConfig,
         restriction: LossTerm | None,
+        whole: bool,
     ) -> None:
-        self.config = config
-        self.witness: Witness | None = None
-        self.writing: Writing = lambda delta: {}
+        self.model, self.points, self.texts, self.config = model, points, texts, config
+        self.restriction, self.whole = restriction, whole
         weight = next(model.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32)
         shape = (len(texts), len(points), model.cfg.d_model)
-        self.delta = torch.zeros(shape, dtype=dtype, device=batches[0].owner.device, requires_grad=True)
-        self.nll_weight = torch.ones(len(texts), dtype=dtype, device=self.delta.device)
-        self.parts = [_Part(model, points, batch, restriction, self.delta) for batch in batches]
+        self.delta = torch.zeros(shape, dtype=dtype, device=weight.device, requires_grad=True)
+        self.nll_weight = torch.ones(len(texts), dtype=dtype, device=weight.device)
+        self._take(torch.arange(len(texts), device=weight.device))
+
+    def _take(self, present: Int[Tensor, " present"]) -> None:
+        """Makes the passes of the requests that are present."""
+        self.present = present
+        texts = [self.texts[r] for r in present.tolist()]
+        batches = [rewriting_batch(self.model, texts)] if self.whole else suffix_batches(self.model, texts)
+        kind = WholePass if self.whole else Pass
+        self.passes = [
+            kind(self.model, self.points, batch, self.restriction, lambda: self.delta[self.present])
+            for batch in batches
+        ]
         # Of all texts together, in the order of their places.
         self.text_order = torch.cat([batch.place[: batch.n_texts] for batch in batches]).argsort()
         self.essence_order = torch.cat([batch.place[batch.n_texts :] for batch in batches]).argsort()
@@ -356,40 +257,56 @@ class _Optimisation:
         selected: list[Tensor] = []
         lengths = torch.zeros(len(self.delta), dtype=torch.long)
         for step in range(self.config.steps):
-            logits = [part.run() for part in self.parts]
+            logits = [part.run() for part in self.passes]
             if step == 0:
                 self._record_vanilla(logits)
             terms = self._terms(logits)
-            columns.append(terms.columns())
+            columns.append(self._of_all(terms.columns()))
             if terms.selected is not None:
-                selected.append(terms.selected.cpu())
+                selected.append(self._of_all(terms.selected.cpu()))
             lengths += active.cpu()
-            active &= ~self._done(terms)
+            active[self.present] &= ~self._done(terms)
             if step == self.config.steps - 1 or not active.any():
                 break
             self._step(adam, terms, active)
+            self._leave(active)
         return self._results(columns, selected, lengths.tolist())
 
-    def _done(self, terms: _Terms) -> Bool[Tensor, " request"]:
+    def _of_all(self, part: Float[Tensor, "present *rest"]) -> Float[Tensor, "request *rest"]:
+        """Rows of all requests, zero for those that have left."""
+        whole = part.new_zeros(len(self.delta), *part.shape[1:])
+        whole[self.present.cpu()] = part
+        return whole
+
+    def _done(self, terms: _Terms) -> Bool[Tensor, " present"]:
         """Which requests need no further step; sets the weights of the next step's NLL."""
         done = terms.loss.detach() < self.config.stop_loss
         settled = self.config.settled
         if settled is not None:
             done |= terms.first_choice & (terms.kl.detach() <= settled.kl)
-            self.nll_weight = torch.where(terms.first_choice, settled.nll, 1.0).to(self.nll_weight)
+            self.nll_weight[self.present] = torch.where(terms.first_choice, settled.nll, 1.0).to(self.nll_weight)
         return done
 
+    def _leave(self, active: Bool[Tensor, " request"]) -> None:
+        """Goes on without the requests that are done, where that pays: the passes are made anew."""
+        if not self.whole and active.sum() <= len(self.present) // 2:
+            self._take(active.nonzero()[:, 0])
+            with torch.no_grad():
+                for part in self.passes:
+                    part.run(edited=False)
+                    part.record_vanilla()
+
     def _record_vanilla(self, logits: list[Tensor]) -> None:
-        for part in self.parts:
+        for part in self.passes:
             part.record_vanilla()
-        values = torch.cat([part.values() for part in self.parts])[self.text_order]
+        values = torch.cat([part.values() for part in self.passes])[self.text_order]
         # The first text of every request is context-free.
         self.v0: Deltas = values[self.member.int().argmax(1)]
         self.v0_norm = self.v0.norm(dim=2)
         self.essence = self._essence(logits).detach()
 
-    def _essence(self, logits: list[Tensor]) -> Float[Tensor, "request vocab"]:
-        found = [part.essence_log_probs(part_logits) for part, part_logits in zip(self.parts, logits, strict=True)]
+    def _essence(self, logits: list[Tensor]) -> Float[Tensor, "present vocab"]:
+        found = [part.essence_log_probs(part_logits) for part, part_logits in zip(self.passes, logits, strict=True)]
         return torch.cat(found)[self.essence_order]
 
     def _together(self, per_part: Sequence[Tensor]) -> Tensor:
@@ -397,7 +314,7 @@ class _Optimisation:
         return torch.cat(list(per_part))[self.text_order]
 
     def _mean_per_request(self, per_text: Tensor) -> Tensor:
-        """Averages over each request's rewriting texts: ``[text ...] -> [request ...]``."""
+        """Averages over each request's rewriting texts: ``[text ...] -> [present ...]``."""
         # A product with a matrix, since index_add is not deterministic on CUDA.
         shares = self.member.to(per_text.dtype) / self.member.sum(1, keepdim=True)
         averaged: Tensor = torch.tensordot(shares, per_text, dims=1)
@@ -405,26 +322,24 @@ class _Optimisation:
 
     def _penalty(self) -> Penalty:
         """The restriction's, of all rewriting texts."""
-        if self.witness is not None:
-            return self.witness.penalty(self.writing(self.delta))
-        penalties = [part.penalty() for part in self.parts]
+        penalties = [part.penalty() for part in self.passes]
         selected = [penalty.selected for penalty in penalties if penalty.selected is not None]
         losses = self._together([penalty.loss for penalty in penalties])
         return Penalty(losses, self._together(selected) if selected else None)
 
     def _terms(self, logits: list[Tensor]) -> _Terms:
-        config = self.config
-        targets = [part.target(part_logits) for part, part_logits in zip(self.parts, logits, strict=True)]
+        config, own = self.config, self.present
+        targets = [part.target(part_logits) for part, part_logits in zip(self.passes, logits, strict=True)]
         nll = self._together([loss for loss, _ in targets])
         missed = self._mean_per_request(self._together([~first for _, first in targets]).to(nll.dtype))
-        n_tokens = self._together([(part.batch.target != IGNORED).sum(1) for part in self.parts])
+        n_tokens = self._together([(part.batch.target != IGNORED).sum(1) for part in self.passes])
         penalty = self._penalty()
-        now = self._essence(logits)
-        kl = (self.essence.exp() * (self.essence - now)).sum(-1)
+        before, now = self.essence[own], self._essence(logits)
+        sizes = self.delta[own].norm(dim=2) / self.v0_norm[own].square()
         return _Terms(
-            nll=self.nll_weight * self._mean_per_request(nll),
-            kl=config.kl_factor * kl,
-            decay=config.weight_decay * (self.delta.norm(dim=2) / self.v0_norm.square()).sum(1),
+            nll=self.nll_weight[own] * self._mean_per_request(nll),
+            kl=config.kl_factor * (before.exp() * (before - now)).sum(-1),
+            decay=config.weight_decay * sizes.sum(1),
             restriction=self._mean_per_request(penalty.loss),
             p_target=self._mean_per_request((-nll.detach() * n_tokens).exp()),
             first_choice=missed == 0,
@@ -452,3 +367,17 @@ class _Optimisation:
             )
             for r, n in enumerate(lengths)
         ]
+
+
+class _Witnessed(_Optimisation):
+    """An optimisation whose restriction looks at the updates that the deltas of all requests come to."""
+
+    def by(self, witness: Witness, writing: Writing) -> "_Witnessed":
+        self.witness, self.writing = witness, writing
+        return self
+
+    def _penalty(self) -> Penalty:
+        return self.witness.penalty(self.writing(self.delta))
+
+    def _leave(self, active: Bool[Tensor, " request"]) -> None:
+        """The updates of all are those of all deltas: none leaves."""

@@ -37,6 +37,7 @@ ORDER = [
     "moments",
     "convergence",
     "streaming",
+    "passes",
     "values",
     "editors",
     "demo",

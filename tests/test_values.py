@@ -1,6 +1,7 @@
 """The value optimiser: cached prefixes against whole texts, and how texts are parted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -46,9 +47,12 @@ def test_cached_prefixes_change_nothing(
     batches = suffix_batches(model, texts)
     assert len(batches) > 2 and all((batch.subject_last == batch.offset).all() for batch in batches)
     config = ValueConfig(steps=20, learning_rate=0.1)
-    term = None if restrict is None else restrict.bind(model, 0)
-    fast = optimise_values(model, [value_point(0)], texts, config, term)
-    plain = optimise_values(model, [value_point(0)], texts, config, term, whole=True)
+    layer = 0 if isinstance(restrict, ad.SADR) else 1
+    term = None if restrict is None else restrict.bind(model, layer)
+    model_before = {id(module): "forward" in vars(module) for module in model.modules()}
+    fast = optimise_values(model, [value_point(layer)], texts, config, term)
+    assert all(("forward" in vars(m)) == model_before[id(m)] for m in model.modules()), "layers are left skipped"
+    plain = optimise_values(model, [value_point(layer)], texts, config, term, whole=True)
     for a, b in zip(fast, plain, strict=True):
         # Llama takes its softmax in float32, whose rounding depends on the shape of the batch.
         assert (a.delta - b.delta).norm() <= 1e-5 * b.delta.norm()
@@ -57,6 +61,24 @@ def test_cached_prefixes_change_nothing(
         if isinstance(restrict, ad.SADR):
             assert a.history.selected is not None and a.history.selected.any()
             torch.testing.assert_close(a.history.selected, b.history.selected)
+
+
+def test_requests_that_are_done_leave(make_model: Make) -> None:
+    """What the others come to, and every history, is as if all stayed."""
+    model = make_model("gpt2", torch.float64)
+    texts = [request_texts(model, request, CONTEXTS) for request in [*REQUESTS, *REQUESTS[:2]]]
+    term = ad.SADR(gamma=0.5).bind(model, 0)
+    config = ValueConfig(steps=30, learning_rate=0.3, stop_loss=-1.0)
+    losses = torch.stack([v.history.terms[:, 0] for v in optimise_values(model, [value_point(0)], texts, config, term)])
+    config = replace(config, stop_loss=float(losses.min(1).values.sort().values[2]) + 0.5)
+    left = optimise_values(model, [value_point(0)], texts, config, term)
+    stayed = optimise_values(model, [value_point(0)], texts, config, term, whole=True)
+    lengths = [len(value.history) for value in left]
+    assert len(set(lengths)) >= 3 and min(lengths) < 15 and max(lengths) == 30
+    for a, b in zip(left, stayed, strict=True):
+        assert (a.delta - b.delta).norm() <= 1e-7 * b.delta.norm()
+        torch.testing.assert_close(a.history.terms, b.history.terms)
+        torch.testing.assert_close(a.history.selected, b.history.selected)
 
 
 @cache

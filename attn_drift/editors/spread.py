@@ -18,8 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from attn_drift.editors.shared import at_subjects
 from attn_drift.hooks import attached, key_point, updating
 from attn_drift.models import float64_device
+from attn_drift.passes import Deltas, Update
 from attn_drift.rewriting import RequestTexts, RewritingText
-from attn_drift.values import Deltas, Update
 from attn_drift.weights import LowRankUpdate
 
 # Texts that are read in one run.
@@ -94,7 +94,9 @@ class Spread:
         self.request_batch = torch.tensor(batch_of, device=device)
         self.n_batches = len(batches)
         self.together: Bool[Tensor, "column column"] = self.batch[:, None] == self.batch
+        # Before the first layer is written nothing depends on the values.
         self.vanilla = self._read(layers[0], {})
+        self.first = self._solved(layers[0], self.vanilla[0])
 
     def of(self, deltas: Deltas) -> dict[int, LayerUpdate]:
         """The update of every layer, from deltas of all requests; those at the first site are written.
@@ -110,10 +112,7 @@ class Spread:
         arrived = torch.zeros_like(eye)
         for i, layer in enumerate(self.layers):
             keys, now = self.vanilla if i == 0 else self._read(layer, found)
-            mean = torch.stack([own.double().mean(0) for own in torch.split(keys, self.lengths)], dim=1)
-            directions = torch.zeros_like(mean)
-            for own in self._members():
-                directions[:, own] = self.directions(layer, mean[:, own]).to(mean)
+            mean, directions = self.first if i == 0 else self._solved(layer, keys)
             share = self.site.share(len(self.layers) - i)
             linear = (eye - arrived) / share
             residuals = (target - now.to(delta)) / share + linear @ (delta - delta.detach())
@@ -122,6 +121,14 @@ class Spread:
                 arrived = arrived + (gains * self.together) @ linear
             found[layer] = LayerUpdate(directions.T.to(delta), residuals, mean.T.to(delta))
         return found
+
+    def _solved(self, layer: int, keys: Float[Tensor, "row d_mlp"]) -> tuple[Keys, Keys]:
+        """The mean key of each column, and its direction."""
+        mean = torch.stack([own.double().mean(0) for own in torch.split(keys, self.lengths)], dim=1)
+        directions = torch.zeros_like(mean)
+        for own in self._members():
+            directions[:, own] = self.directions(layer, mean[:, own]).to(mean)
+        return mean, directions
 
     def by_batch(self, found: Mapping[int, LayerUpdate]) -> list[dict[int, LowRankUpdate]]:
         """By batch, the update of every layer."""
