@@ -100,7 +100,7 @@ def test_the_gradient_through_two_layers_is_a_descent(make_model: Make) -> None:
 
 
 def test_presets_are_found_and_last(make_model: Make, demo: TransformerBridge) -> None:
-    for kind, gamma in ((ad.MEMITConfig, 0.3), (ad.PMETConfig, 1.0), (ad.AlphaEditConfig, 0.3)):
+    for kind, gamma in ((ad.MEMITConfig, 0.3), (ad.PMETConfig, 0.5), (ad.AlphaEditConfig, 0.3)):
         config = kind.for_model(demo)
         assert config.layers == (0, 1, 2) and config.steps == 60 and config.context_lengths == ((10, 2),)
         assert preset_gamma(config.editor, demo, 2) == gamma
