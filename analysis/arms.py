@@ -10,10 +10,11 @@ import pandas as pd
 import torch
 
 from analysis.drift import SubjectAttention, subject_attention
-from analysis.methods import Config, Supplies, single_edits
+from analysis.methods import Config, single_edits
 from analysis.scores import Scores
 from analysis.selection import last_selected, overlap, share_by_step
 from analysis.specificity import score
+from analysis.supplies import Supplies
 from attn_drift.attention import AttentionCapture, capture_attention
 from attn_drift.cases import Case
 from attn_drift.edits import Edit

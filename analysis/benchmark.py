@@ -46,6 +46,7 @@ def benchmark(
     seed: int = 0,
     batch_cases: int = 16,
     corpus: Sequence[str] = (),
+    moments: str | Path | None = None,
     options: dict[str, Any] | None = None,
     engine: Literal["local", "ray"] = "local",
     workers: int = 2,
@@ -66,6 +67,7 @@ def benchmark(
         seed: of the edits' contexts and of sampled continuations.
         batch_cases: cases in a chunk: edited and scored together, written as one part.
         corpus: texts for perplexity.
+        moments: folder of second moments as `stream_moments` writes it; sampled from the model when None.
         options: of `load_model`, where ``model`` is a name.
         engine: ``"local"``, in this process, or ``"ray"``, for which ``model`` must be a name.
         workers: number of Ray actors, each with a model of its own.
@@ -80,7 +82,8 @@ def benchmark(
     cases = cases if isinstance(cases, CaseFile) else read_cases(cases)
     if batch_cases < 1:
         raise ValueError(f"batch_cases is {batch_cases}; expected at least 1")
-    plan = Plan(tuple(parse_methods(methods)), seed, _texts(corpus), cases.snippets)
+    folder = None if moments is None else str(Path(moments).absolute())
+    plan = Plan(tuple(parse_methods(methods)), seed, _texts(corpus), cases.snippets, folder)
     _check_engine(engine, model)
     # Before a model is loaded, which may take minutes.
     _check_same_run(out, {"identity": _identity(plan, cases, batch_cases), "cases": {"n": cases.n}})

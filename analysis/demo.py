@@ -10,8 +10,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.arms import Arm, arm, subjects
 from analysis.drift import AttentionDrift, attention_drift
-from analysis.methods import NONE, Config, Method, Supplies
+from analysis.methods import NONE, Config, Method
 from analysis.scores import results_row
+from analysis.supplies import Supplies
 from attn_drift.cases import Case
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World

@@ -32,10 +32,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from analysis.evidence import LEAST_CASES
 from analysis.evidence.studies import ROMES_WINDOW
 from analysis.interventions import Text
-from analysis.methods import Supplies
 from analysis.specificity import Question, answer, check_input, check_texts, score
 from analysis.statistics import grouped_intervals, percentiles, resampled_means
 from analysis.substitution import causal_trace
+from analysis.supplies import Supplies
 from attn_drift.cases import Case, Task
 from attn_drift.editors.presets import preset
 from attn_drift.editors.rome import ROMEConfig, rome

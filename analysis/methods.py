@@ -5,10 +5,10 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
-import torch
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from transformer_lens.model_bridge import TransformerBridge
 
+from analysis.supplies import Supplies
 from attn_drift.editors.alphaedit import AlphaEditConfig
 from attn_drift.editors.memit import MEMITConfig
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
@@ -18,10 +18,8 @@ from attn_drift.editors.rome import ROMEConfig, rome
 from attn_drift.editors.shared import check_batches, listed
 from attn_drift.edits import Edit, compose
 from attn_drift.models import check_layer
-from attn_drift.moments import SecondMoment, sampled_moments
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import SADR, Restriction
-from attn_drift.sampling import sample_contexts
 
 NONE = "none"
 RESTRICTED = "sadr"
@@ -185,17 +183,19 @@ class BoundMethod:
         """Steps of the optimiser; 0 for the unedited model."""
         return 0 if self.config is None else self.config.steps
 
-    def edits(self, requests: Sequence[EditRequest], supplies: "Supplies") -> list[Edit] | None:
+    def edits(self, requests: Sequence[EditRequest], supplies: Supplies) -> list[Edit] | None:
         """An edit for each request; None for the unedited model."""
         return None if self.config is None else single_edits(supplies, requests, self.config, self.restrict)
 
-    def edit(self, requests: Sequence[EditRequest], supplies: "Supplies", after: Edit | None = None) -> Edit | None:
+    def edit(self, requests: Sequence[EditRequest], supplies: Supplies, after: Edit | None = None) -> Edit | None:
         """One edit of all requests, made while an earlier one is in effect; None for the unedited model."""
         return None if self.config is None else one_edit(supplies, requests, self.config, self.restrict, after)
 
-    def record(self) -> dict[str, Any]:
-        """All settings, as JSON takes them."""
+    def record(self, supplies: Supplies) -> dict[str, Any]:
+        """All settings, as JSON takes them, and which files of second moments it reads, if any."""
+        digests = {} if self.config is None else supplies.digests(self.config.layers)
         return {
+            **({"moments": digests} if digests else {}),
             "editor": self.method.editor,
             "config": None if self.config is None else asdict(self.config),
             "restrict": None if self.restrict is None else repr(self.restrict),
@@ -205,7 +205,7 @@ class BoundMethod:
 
 
 def single_edits(
-    supplies: "Supplies", requests: Sequence[EditRequest], config: Config, restrict: Restriction | None
+    supplies: Supplies, requests: Sequence[EditRequest], config: Config, restrict: Restriction | None
 ) -> list[Edit]:
     """An edit for each request, optimised together, by the editor whose settings are given.
 
@@ -223,7 +223,7 @@ def single_edits(
 
 
 def one_edit(
-    supplies: "Supplies",
+    supplies: Supplies,
     requests: Sequence[EditRequest],
     config: Config,
     restrict: Restriction | None,
@@ -250,35 +250,3 @@ def one_edit(
         after=after,
     )
     return edit
-
-
-class Supplies:
-    """What edits of a model share, made when it is first needed and kept: contexts and second moments.
-
-    Args:
-        model: the model.
-        seed: of the contexts.
-    """
-
-    def __init__(self, model: TransformerBridge, seed: int) -> None:
-        self.model, self.seed = model, seed
-        self._contexts: dict[tuple[tuple[int, int], ...], list[str]] = {}
-        self._moments: dict[int, SecondMoment] = {}
-
-    def contexts(self, lengths: tuple[tuple[int, int], ...]) -> list[str]:
-        """`sample_contexts` from the seed."""
-        if lengths not in self._contexts:
-            generator = torch.Generator().manual_seed(self.seed)
-            self._contexts[lengths] = sample_contexts(self.model, generator, lengths)
-        return self._contexts[lengths]
-
-    def moment(self, layer: int) -> SecondMoment:
-        """`sampled_moment` of a layer."""
-        return self.moments([layer])[layer]
-
-    def moments(self, layers: Sequence[int]) -> dict[int, SecondMoment]:
-        """`sampled_moments` of layers."""
-        missing = [layer for layer in layers if layer not in self._moments]
-        if missing:
-            self._moments |= sampled_moments(self.model, missing)
-        return {layer: self._moments[layer] for layer in layers}

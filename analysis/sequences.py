@@ -19,9 +19,10 @@ import torch
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.methods import Config, Method, Supplies, one_edit
+from analysis.methods import Config, Method, one_edit
 from analysis.scores import DTYPES, SUMMARISED, Scores, results_row
 from analysis.specificity import Question, answer, check_input, check_texts
+from analysis.supplies import Supplies
 from attn_drift.cases import Case, Probe, Task
 from attn_drift.editors.shared import EXPLODED, texts_of
 from attn_drift.edits import Edit, compose
@@ -146,7 +147,13 @@ class EditSequence:
 
 
 def edit_sequence(
-    model: TransformerBridge, cases: Sequence[Case | EditRequest], method: str, *, per_step: int = 1, seed: int = 0
+    model: TransformerBridge,
+    cases: Sequence[Case | EditRequest],
+    method: str,
+    *,
+    per_step: int = 1,
+    seed: int = 0,
+    moments: str | Path | None = None,
 ) -> EditSequence:
     """Edits facts one after the other, each while all before it are in effect, and scores the model after every step.
 
@@ -160,6 +167,7 @@ def edit_sequence(
         method: a name such as ``rome`` or ``memit+sadr:gamma=0.01``.
         per_step: edits made together; of all cases, one batch.
         seed: of the edits' contexts.
+        moments: folder of second moments as `stream_moments` writes it; sampled from the model when None.
 
     Raises:
         ValueError: no cases, a bad method, a request or text that the model cannot take, or an edit in effect; before
@@ -167,7 +175,7 @@ def edit_sequence(
     """
     given = [_as_case(i, case) for i, case in enumerate(cases)]
     config, restrict = _checked(model, given, method, per_step, seed)
-    supplies, asked = Supplies(model, seed), _asked(model, given)
+    supplies, asked = Supplies(model, seed, moments), _asked(model, given)
     texts, updates = [_scored(model, 0, asked, None)], list[dict[str, Any]]()
     made: list[Edit] = []
     error = None

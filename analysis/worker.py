@@ -13,9 +13,10 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.fluency import Consistency, check_prompts, perplexity, predicted, prose
-from analysis.methods import NONE, BoundMethod, Method, Supplies
+from analysis.methods import NONE, BoundMethod, Method
 from analysis.scores import DTYPES, Scores
 from analysis.specificity import check_texts, score
+from analysis.supplies import Supplies
 from attn_drift.cases import Case
 from attn_drift.datasets import Snippets
 from attn_drift.files import cache_path, keeping, replacing
@@ -42,12 +43,14 @@ class Plan:
         seed: of the edits' contexts and of the sampled continuations.
         corpus: texts for perplexity; without any there is no PPL.
         snippets: whose texts give the document frequencies of consistency; without them there is no CS.
+        moments: folder of second moments, see `Supplies`.
     """
 
     methods: tuple[Method, ...]
     seed: int = 0
     corpus: tuple[str, ...] = ()
     snippets: Snippets | None = None
+    moments: str | None = None
 
     def texts(self) -> dict[str, object]:
         """What the scores of given cases depend on beside model and edits."""
@@ -83,7 +86,7 @@ class Worker:
         if is_hooked(self.model):
             raise ValueError("hooks are attached to the model, such as an edit in effect; take them off first")
         self.methods: dict[str, BoundMethod] = {m.name: m.bind(self.model) for m in plan.methods}
-        self.supplies = Supplies(self.model, plan.seed)
+        self.supplies = Supplies(self.model, plan.seed, plan.moments)
         predicted(self.model, plan.corpus)  # raises where a text does not fit
         self.consistency = None if plan.snippets is None else Consistency(plan.snippets.corpus)
 
@@ -93,7 +96,7 @@ class Worker:
             "name": str(self.model.cfg.model_name),
             "dtype": str(next(self.model.parameters()).dtype),
             "origin": origin(self.model),
-            "methods": {name: method.record() for name, method in self.methods.items()},
+            "methods": {name: method.record(self.supplies) for name, method in self.methods.items()},
         }
 
     def run(self, job: Job) -> pd.DataFrame:

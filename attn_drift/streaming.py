@@ -125,12 +125,13 @@ def _check_same_run(out: Path, identity: dict[str, Any]) -> None:
         raise ValueError(f"{out} holds another run, which differs in {differing}; give another folder")
 
 
-def _moment_path(out: Path, layer: int) -> Path:
+def moment_path(out: Path, layer: int) -> Path:
+    """Where a folder has the second moment of a layer."""
     return out / f"layer_{layer}.safetensors"
 
 
 def _finished(out: Path, layers: Sequence[int]) -> StreamedMoments:
-    moments = {layer: SecondMoment.load(_moment_path(out, layer)) for layer in layers}
+    moments = {layer: SecondMoment.load(moment_path(out, layer)) for layer in layers}
     return StreamedMoments(moments, pd.read_parquet(out / CONVERGENCE))
 
 
@@ -228,7 +229,7 @@ class _Stream:
             },
         )
         for layer, moment in moments.items():
-            moment.save(_moment_path(self.out, layer))
+            moment.save(moment_path(self.out, layer))
         frame = self.convergence.frame()
         with replacing(self.out / CONVERGENCE) as temporary:
             frame.to_parquet(temporary, index=False)

@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 
 import attn_drift as ad
 from analysis import drift, plots, specificity
-from analysis.methods import NONE, Method, Supplies
+from analysis.methods import NONE, Method
 from analysis.scores import Scores
 from analysis.statistics import bootstrap
+from analysis.supplies import Supplies
 from attn_drift.cases import Case
 from attn_drift.demo.cases import demo_cases
 from attn_drift.demo.world import World

@@ -130,6 +130,16 @@ def test_command_line(tmp_path: Path) -> None:
     assert "rome+sadr+rephrased" in result.output
 
 
+def test_command_line_takes_editors(tmp_path: Path) -> None:
+    editors = "alphaedit+sadr,memit+rephrased,pmet+sadr:gamma=0.2"
+    result = CliRunner().invoke(cli.app, ["demo", "--edits", "2", "--editors", editors, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["editor"] for row in results["rows"]] == [NONE, *editors.split(",")]
+    assert [row["gamma"] for row in results["rows"]] == [0.0, 0.3, 0.0, 0.2]
+    assert "alphaedit+sadr makes the new fact" in (tmp_path / "report.html").read_text()
+
+
 def test_command_line_names_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["attn-drift", "demo", "--edits", "0"])
     with pytest.raises(SystemExit) as stop:

@@ -17,10 +17,10 @@ import attn_drift as ad
 from analysis import cli, layers, plots
 from analysis.interventions import Text
 from analysis.layers import LayerScores, suggest_layers
-from analysis.methods import Supplies
 from analysis.specificity import score
 from analysis.statistics import RESAMPLES, RESAMPLES_AT_ONCE
 from analysis.substitution import causal_trace
+from analysis.supplies import Supplies
 from attn_drift import moments
 from attn_drift.cases import Case
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.methods import NONE, Method, Supplies, parse_methods
+from analysis.methods import NONE, Method, parse_methods
+from analysis.supplies import Supplies
 from analysis.sweep import Sweep
 from attn_drift.editors.presets import preset_gamma
 
@@ -152,3 +154,19 @@ def test_contexts_and_moments_are_those_of_the_unedited_model(small: Transformer
         method.edits([], used)
     with pytest.raises(ValueError, match="asked for twice"):
         method.edit([requests[0], requests[0]], used)
+
+
+def test_moments_of_a_folder(small: TransformerBridge, make_model: Make, tmp_path: Path) -> None:
+    """They take the place of sampled ones, and stand in the record; what is missing or foreign is refused."""
+    taken = ad.second_moment(small, 1, ["Ada Bellini plays the cello in town.", "Carla Moreau was seen."])
+    taken.save(tmp_path / "layer_1.safetensors")
+    method = Method.parse("r-rome:layer=1:steps=2").bind(small)
+    supplies = Supplies(small, 0, tmp_path)
+    assert torch.equal(supplies.moment(1).matrix, taken.matrix)
+    record = method.record(supplies)
+    assert list(record["moments"]) == ["1"] and len(record["moments"]["1"]) == 64
+    assert "moments" not in method.record(Supplies(small, 0))
+    with pytest.raises(FileNotFoundError, match=r"no second moment of layer 0; see `attn-drift moments`"):
+        Method.parse("rome:layer=0").bind(small).record(supplies)
+    with pytest.raises(ValueError, match="was taken with the weights"):
+        Supplies(make_model("gpt2", torch.float64), 0, tmp_path).moment(1)

@@ -10,12 +10,14 @@ from test_memit import CONTEXTS, LAYERS, REQUESTS, moments_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
+from attn_drift.editors import shared
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
 from attn_drift.editors.presets import preset, preset_gamma
 from attn_drift.editors.spread import Site, Spread
-from attn_drift.hooks import stream_point
-from attn_drift.models import mlp_width
+from attn_drift.hooks import key_point, read, stream_point
+from attn_drift.models import down_projection, mlp_width
 from attn_drift.rewriting import request_texts
+from attn_drift.tokens import encode, pad
 
 Make = Callable[..., TransformerBridge]
 
@@ -165,3 +167,30 @@ def first_written(model: TransformerBridge, edit: ad.Edit) -> Iterator[None]:
         yield
     finally:
         edit.remove_from(model)
+
+
+def test_leakage_is_what_ordinary_keys_gain(make_model: Make, architecture: str) -> None:
+    """Against the keys of a text themselves: root mean squares of what they gain, and of what they were mapped to."""
+    model = make_model(architecture, torch.float64)
+    model.tokenizer.padding_side = "right"
+    texts = ["The man met a friend in town.", "Carla Moreau was seen by Ada Bellini.", "Ada plays the cello."]
+    moment = ad.second_moment(model, 1, texts)
+    batch = pad(model, [encode(model, text) for text in texts])
+    keys = read(model, batch, [key_point(1)])[key_point(1)][batch.mask].double()
+    update = ad.LowRankUpdate(*(torch.randn(3, n, dtype=torch.float64) for n in (keys.shape[1], 32)))
+    gained, had = (keys @ update.delta()).square().mean(), (keys @ down_projection(model, 1).double()).square().mean()
+    assert moment.leakage(model, update) == pytest.approx(float((gained / had).sqrt()), rel=1e-6)
+    assert moment.leakage(model, ad.LowRankUpdate(update.keys * 0, update.values)) == 0
+
+
+def test_an_explosion_is_said_with_figures(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model("gpt2")
+    options = {"contexts": CONTEXTS, "moments": moments_of(model)}
+    ad.memit(model, REQUESTS[0], config=CONFIGS[0], **options)
+    said = caplog.text.count("explodes")
+    monkeypatch.setattr(shared, "EXPLODED", 0.0)
+    ad.memit(model, REQUESTS[0], config=CONFIGS[0], **options)
+    assert caplog.text.count("explodes") == said + len(LAYERS)
+    assert "times their size (its norm is" in caplog.text and "that of the weight" in caplog.text

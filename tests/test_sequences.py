@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 import attn_drift as ad
 from analysis import cli, plots, sequences, statistics
-from analysis.methods import Config, Method, Supplies, one_edit
+from analysis.methods import Config, Method, one_edit
 from analysis.scores import Scores
 from analysis.sequences import EditSequence, edit_sequence
 from analysis.specificity import score
+from analysis.supplies import Supplies
 from attn_drift import models, moments
 from attn_drift.cases import Case, Probe
 from attn_drift.editors.multilayer import MultiLayerConfig

@@ -22,6 +22,7 @@ Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster; a l
 BatchCases = Annotated[int, typer.Option(help="Cases that are edited, scored and written together.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Compute chunks with failed cases again.")]
 SnippetsFile = Annotated[Path | None, typer.Option(help="attribute_snippets.json, for consistency (CS).")]
+Moments = Annotated[Path | None, typer.Option(help="Folder that `attn-drift moments` wrote; sampled without it.")]
 Corpus = Annotated[Path | None, typer.Option(help="Texts for perplexity (PPL), one a line.")]
 
 
@@ -39,6 +40,7 @@ def bench(
     batch_cases: BatchCases = 16,
     skip_invalid: SkipInvalid = False,
     retry_failed: RetryFailed = False,
+    moments: Moments = None,
     snippets: SnippetsFile = None,
     corpus: Corpus = None,
     dtype: Dtype = "float32",
@@ -53,6 +55,7 @@ def bench(
         limit=limit,
         skip_invalid=skip_invalid,
         retry_failed=retry_failed,
+        moments=moments,
         snippets=snippets,
         corpus=corpus,
         dtype=dtype,
@@ -84,6 +87,7 @@ def sweep(
     batch_cases: BatchCases = 16,
     skip_invalid: SkipInvalid = False,
     retry_failed: RetryFailed = False,
+    moments: Moments = None,
     dtype: Dtype = "float32",
     device: Device = None,
 ) -> None:
@@ -100,6 +104,7 @@ def sweep(
         limit=limit,
         skip_invalid=skip_invalid,
         retry_failed=retry_failed,
+        moments=moments,
         dtype=dtype,
         device=device,
         seed=seed,

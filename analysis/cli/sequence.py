@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from analysis.cli.bench import CasesFile
+from analysis.cli.bench import CasesFile, Moments
 from analysis.cli.common import Device, Dtype, Model, Out, Seed, SkipInvalid, app, console, precision_of, quiet, show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import pandas as pd
-    from transformer_lens.model_bridge import TransformerBridge
 
     from analysis.methods import Method
     from analysis.sequences import EditSequence
+    from analysis.supplies import Supplies
     from attn_drift.datasets import CaseFile
 
 # Columns of the steps as tables show them: in percent, as probabilities (but for the first on the page only), sizes.
@@ -37,6 +37,7 @@ def sequence_of_edits(
     limit: Annotated[int | None, typer.Option(help="The first so many cases only.")] = 30,
     seed: Seed = 0,
     skip_invalid: SkipInvalid = False,
+    moments: Moments = None,
     dtype: Dtype = "float32",
     device: Device = None,
 ) -> None:
@@ -47,6 +48,7 @@ def sequence_of_edits(
         raise ValueError(f"per_step is {per_step}; expected at least 1")
     given = read_cases(cases, skip_invalid=skip_invalid, limit=limit)
     from analysis.methods import parse_methods
+    from analysis.supplies import Supplies
     from attn_drift.files import alone_in, replacing
     from attn_drift.models import load_model
 
@@ -58,7 +60,7 @@ def sequence_of_edits(
     with console.status(f"loading {escape(model)}"):
         loaded = load_model(model, dtype=precision, device=device)
     with alone_in(out):
-        found = _sequences(loaded, given, methods, out, per_step, seed)
+        found = _sequences(Supplies(loaded, seed, moments), given, methods, out, per_step)
     with replacing(out / "sequence.json") as temporary:
         temporary.write_text(json.dumps(_record(found), indent=1), encoding="utf-8")
     _write_page(out / "sequence.html", model, found, per_step)
@@ -71,21 +73,24 @@ def sequence_of_edits(
 
 
 def _sequences(
-    model: "TransformerBridge", cases: "CaseFile", methods: "Sequence[Method]", out: Path, per_step: int, seed: int
+    supplies: "Supplies", cases: "CaseFile", methods: "Sequence[Method]", out: Path, per_step: int
 ) -> "dict[str, EditSequence]":
     """A sequence for each method; what the folder holds of the same run is read."""
     from analysis.sequences import RECORD, EditSequence, edit_sequence
     from attn_drift.models import origin
 
+    model, seed = supplies.model, supplies.seed
     identity = {"cases": cases.sha256, "n": cases.n, "per_step": per_step, "seed": seed, **origin(model)}
-    _go_on(out, {"identity": identity, "methods": {m.name: m.bind(model).record() for m in methods}})
+    _go_on(out, {"identity": identity, "methods": {m.name: m.bind(model).record(supplies) for m in methods}})
     found = {}
     for method in methods:
         folder = out / "sequences" / re.sub(r"[^\w.+=-]", "_", method.name)
         if (folder / RECORD).is_file():
             found[method.name] = EditSequence.load(folder, model)
         else:
-            found[method.name] = edit_sequence(model, list(cases), method.name, per_step=per_step, seed=seed)
+            found[method.name] = edit_sequence(
+                model, list(cases), method.name, per_step=per_step, seed=seed, moments=supplies.folder
+            )
             found[method.name].save(folder)
     return found
 

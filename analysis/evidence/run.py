@@ -25,8 +25,9 @@ from analysis.evidence.plan import Plan
 from analysis.evidence.studies import Edited
 from analysis.evidence.summary import summarise
 from analysis.folder import CONFIG
-from analysis.methods import NONE, Supplies
+from analysis.methods import NONE
 from analysis.report import write_report
+from analysis.supplies import Supplies
 from analysis.tradeoffs import Point
 from attn_drift.cases import Case
 from attn_drift.editors.rome import ROMEConfig, rome
