@@ -191,9 +191,9 @@ class BoundMethod:
         """One edit of all requests, made while an earlier one is in effect; None for the unedited model."""
         return None if self.config is None else one_edit(supplies, requests, self.config, self.restrict, after)
 
-    def record(self, supplies: Supplies) -> dict[str, Any]:
+    def record(self, supplies: Supplies | None = None) -> dict[str, Any]:
         """All settings, as JSON takes them, and which files of second moments it reads, if any."""
-        digests = {} if self.config is None else supplies.digests(self.config.layers)
+        digests = {} if self.config is None or supplies is None else supplies.digests(self.config.layers)
         return {
             **({"moments": digests} if digests else {}),
             "editor": self.method.editor,
