@@ -1,112 +1,19 @@
-"""The value optimiser that all locate-then-edit editors share (method.md, section 2).
+"""Values for many requests at once, in groups that fit into memory: what all locate-then-edit editors share."""
 
-    L = NLL + kl_factor * KL_essence + weight_decay * |delta| / |v0|^2 + restriction
-
-Adam on ``delta`` alone, for many requests at once: each has its own delta, its own stop, its own loss terms. Where an
-editor optimises vectors at several sites (PMET), delta and v0 have a row for each, and the decay is summed.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import inf, isfinite
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.history import EditHistory
-from attn_drift.passes import Deltas, Pass, Update, WholePass, Witness
-from attn_drift.restriction import LossTerm, Penalty
-from attn_drift.rewriting import IGNORED, RequestTexts, rewriting_batch, suffix_batches
+from attn_drift.optimiser import Optimisation, OptimisedValue, ValueConfig, WitnessedOptimisation, Writing
+from attn_drift.passes import Update, Witness
+from attn_drift.restriction import LossTerm
+from attn_drift.rewriting import RequestTexts
 
 # Logits of one step, in numbers: requests are optimised in groups that stay below it (one at least).
 LOGITS_AT_ONCE = 2**27
-
-
-# The updates by layer that would be written for given deltas, with their gradients.
-Writing = Callable[[Deltas], Mapping[int, Update]]
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What changes for a request once every token of its target is the first choice in every text (PMET's rule).
-
-    Attributes:
-        nll: weight of the negative log-probability from the next step on, as long as that holds.
-        kl: the request is done when its weighted essence term is at most this.
-    """
-
-    nll: float = 0.1
-    kl: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.nll < inf and 0 <= self.kl < inf):
-            raise ValueError(f"nll is {self.nll} and kl {self.kl}; expected neither to be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValueConfig:
-    """How a value is optimised.
-
-    Attributes:
-        steps: evaluations of the loss; each but the last is followed by a step of Adam.
-        learning_rate: of Adam.
-        weight_decay: weight of ``|delta| / |v0|^2``, a norm over a squared norm.
-        clamp: radius of the ball that delta is kept in, in units of ``|v0|``.
-        kl_factor: weight of the essence term.
-        stop_loss: a request whose loss is below it is done.
-        settled: a further rule for when it is done; none when None.
-    """
-
-    steps: int = 20
-    learning_rate: float = 0.5
-    weight_decay: float = 0.5
-    clamp: float = 4.0
-    kl_factor: float = 0.0625
-    stop_loss: float = 0.05
-    settled: Settled | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; expected at least 1")
-        if not (0 < self.learning_rate < inf and 0 < self.clamp < inf):
-            raise ValueError(
-                f"learning_rate is {self.learning_rate} and clamp {self.clamp}; expected both to be positive"
-            )
-        if not (0 <= self.weight_decay < inf and 0 <= self.kl_factor < inf):
-            raise ValueError(
-                f"weight_decay is {self.weight_decay} and kl_factor {self.kl_factor}; expected neither to be negative"
-            )
-        if not isfinite(self.stop_loss):
-            raise ValueError(f"stop_loss is {self.stop_loss}; expected a number, negative for no early stop")
-
-
-@dataclass(frozen=True, eq=False)
-class OptimisedValue:
-    """The result for one request.
-
-    Attributes:
-        deltas: what is to be added at each site.
-        v0s: the activations at the subject-last token of the context-free prompt, before the edit.
-        history: every loss term at every evaluation.
-    """
-
-    deltas: Float[Tensor, "site d_model"]
-    v0s: Float[Tensor, "site d_model"]
-    history: EditHistory
-
-    @property
-    def delta(self) -> Float[Tensor, " d_model"]:
-        """What is to be added to the value at the first site, the one that is written: ``v* = v0 + delta``."""
-        return self.deltas[0]
-
-    @property
-    def v0(self) -> Float[Tensor, " d_model"]:
-        """The value at the first site before the edit."""
-        return self.v0s[0]
 
 
 def optimise_values(
@@ -130,10 +37,10 @@ def optimise_values(
     with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
         for group in _alone(model, texts) if writing is None else [list(texts)]:
             if writing is None or restriction is None:
-                optimisation = _Optimisation(model, points, group, config, restriction, whole)
+                optimisation = Optimisation(model, points, group, config, restriction, whole)
             else:
                 witness = Witness(model, group, restriction)
-                optimisation = _Witnessed(model, points, group, config, None, whole).by(witness, writing)
+                optimisation = WitnessedOptimisation(model, points, group, config, None, whole).by(witness, writing)
             results += optimisation.run()
             progress.update(len(group))
     return results
@@ -188,196 +95,3 @@ def _frozen(model: TransformerBridge) -> Iterator[None]:
     finally:
         for weight in thawed:
             weight.requires_grad_(True)
-
-
-@dataclass(eq=False)
-class _Terms:
-    """Weighted loss terms of each request at one evaluation."""
-
-    nll: Float[Tensor, " request"]
-    kl: Float[Tensor, " request"]
-    decay: Float[Tensor, " request"]
-    restriction: Float[Tensor, " request"]
-    p_target: Float[Tensor, " request"]
-    first_choice: Bool[Tensor, " request"]
-    selected: Float[Tensor, "request layer head"] | None
-
-    @property
-    def loss(self) -> Float[Tensor, " request"]:
-        return self.nll + self.kl + self.decay + self.restriction
-
-    def columns(self) -> Float[Tensor, "request term"]:
-        """In the order of `EditHistory.COLUMNS`."""
-        terms = (self.loss, self.nll, self.kl, self.decay, self.restriction, self.p_target)
-        return torch.stack(terms, dim=1).detach().cpu()
-
-
-class _Optimisation:
-    """Some requests, optimised together; those that are done leave once they are half of what is run."""
-
-    def __init__(
-        self,
-        model: TransformerBridge,
-        points: Sequence[str],
-        texts: Sequence[RequestTexts],
-        config: ValueConfig,
-        restriction: LossTerm | None,
-        whole: bool,
-    ) -> None:
-        self.model, self.points, self.texts, self.config = model, points, texts, config
-        self.restriction, self.whole = restriction, whole
-        weight = next(model.parameters())
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        shape = (len(texts), len(points), model.cfg.d_model)
-        self.delta = torch.zeros(shape, dtype=dtype, device=weight.device, requires_grad=True)
-        self.nll_weight = torch.ones(len(texts), dtype=dtype, device=weight.device)
-        self._take(torch.arange(len(texts), device=weight.device))
-
-    def _take(self, present: Int[Tensor, " present"]) -> None:
-        """Makes the passes of the requests that are present."""
-        self.present = present
-        texts = [self.texts[r] for r in present.tolist()]
-        batches = [rewriting_batch(self.model, texts)] if self.whole else suffix_batches(self.model, texts)
-        kind = WholePass if self.whole else Pass
-        self.passes = [
-            kind(self.model, self.points, batch, self.restriction, lambda: self.delta[self.present])
-            for batch in batches
-        ]
-        # Of all texts together, in the order of their places.
-        self.text_order = torch.cat([batch.place[: batch.n_texts] for batch in batches]).argsort()
-        self.essence_order = torch.cat([batch.place[batch.n_texts :] for batch in batches]).argsort()
-        owner = torch.cat([batch.owner[: batch.n_texts] for batch in batches])[self.text_order]
-        self.member = owner == torch.arange(len(texts), device=owner.device)[:, None]
-
-    def run(self) -> list[OptimisedValue]:
-        """Optimises until every request is done or the steps are spent."""
-        adam = torch.optim.Adam([self.delta], lr=self.config.learning_rate)
-        active = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
-        columns: list[Tensor] = []
-        selected: list[Tensor] = []
-        lengths = torch.zeros(len(self.delta), dtype=torch.long)
-        for step in range(self.config.steps):
-            logits = [part.run() for part in self.passes]
-            if step == 0:
-                self._record_vanilla(logits)
-            terms = self._terms(logits)
-            columns.append(self._of_all(terms.columns()))
-            if terms.selected is not None:
-                selected.append(self._of_all(terms.selected.cpu()))
-            lengths += active.cpu()
-            active[self.present] &= ~self._done(terms)
-            if step == self.config.steps - 1 or not active.any():
-                break
-            self._step(adam, terms, active)
-            self._leave(active)
-        return self._results(columns, selected, lengths.tolist())
-
-    def _of_all(self, part: Float[Tensor, "present *rest"]) -> Float[Tensor, "request *rest"]:
-        """Rows of all requests, zero for those that have left."""
-        whole = part.new_zeros(len(self.delta), *part.shape[1:])
-        whole[self.present.cpu()] = part
-        return whole
-
-    def _done(self, terms: _Terms) -> Bool[Tensor, " present"]:
-        """Which requests need no further step; sets the weights of the next step's NLL."""
-        done = terms.loss.detach() < self.config.stop_loss
-        settled = self.config.settled
-        if settled is not None:
-            done |= terms.first_choice & (terms.kl.detach() <= settled.kl)
-            self.nll_weight[self.present] = torch.where(terms.first_choice, settled.nll, 1.0).to(self.nll_weight)
-        return done
-
-    def _leave(self, active: Bool[Tensor, " request"]) -> None:
-        """Goes on without the requests that are done, where that pays: the passes are made anew."""
-        if not self.whole and active.sum() <= len(self.present) // 2:
-            self._take(active.nonzero()[:, 0])
-            with torch.no_grad():
-                for part in self.passes:
-                    part.run(edited=False)
-                    part.record_vanilla()
-
-    def _record_vanilla(self, logits: list[Tensor]) -> None:
-        for part in self.passes:
-            part.record_vanilla()
-        values = torch.cat([part.values() for part in self.passes])[self.text_order]
-        # The first text of every request is context-free.
-        self.v0: Deltas = values[self.member.int().argmax(1)]
-        self.v0_norm = self.v0.norm(dim=2)
-        self.essence = self._essence(logits).detach()
-
-    def _essence(self, logits: list[Tensor]) -> Float[Tensor, "present vocab"]:
-        found = [part.essence_log_probs(part_logits) for part, part_logits in zip(self.passes, logits, strict=True)]
-        return torch.cat(found)[self.essence_order]
-
-    def _together(self, per_part: Sequence[Tensor]) -> Tensor:
-        """Of all rewriting texts, in the order of their places: ``[text ...]``."""
-        return torch.cat(list(per_part))[self.text_order]
-
-    def _mean_per_request(self, per_text: Tensor) -> Tensor:
-        """Averages over each request's rewriting texts: ``[text ...] -> [present ...]``."""
-        # A product with a matrix, since index_add is not deterministic on CUDA.
-        shares = self.member.to(per_text.dtype) / self.member.sum(1, keepdim=True)
-        averaged: Tensor = torch.tensordot(shares, per_text, dims=1)
-        return averaged
-
-    def _penalty(self) -> Penalty:
-        """The restriction's, of all rewriting texts."""
-        penalties = [part.penalty() for part in self.passes]
-        selected = [penalty.selected for penalty in penalties if penalty.selected is not None]
-        losses = self._together([penalty.loss for penalty in penalties])
-        return Penalty(losses, self._together(selected) if selected else None)
-
-    def _terms(self, logits: list[Tensor]) -> _Terms:
-        config, own = self.config, self.present
-        targets = [part.target(part_logits) for part, part_logits in zip(self.passes, logits, strict=True)]
-        nll = self._together([loss for loss, _ in targets])
-        missed = self._mean_per_request(self._together([~first for _, first in targets]).to(nll.dtype))
-        n_tokens = self._together([(part.batch.target != IGNORED).sum(1) for part in self.passes])
-        penalty = self._penalty()
-        before, now = self.essence[own], self._essence(logits)
-        sizes = self.delta[own].norm(dim=2) / self.v0_norm[own].square()
-        return _Terms(
-            nll=self.nll_weight[own] * self._mean_per_request(nll),
-            kl=config.kl_factor * (before.exp() * (before - now)).sum(-1),
-            decay=config.weight_decay * sizes.sum(1),
-            restriction=self._mean_per_request(penalty.loss),
-            p_target=self._mean_per_request((-nll.detach() * n_tokens).exp()),
-            first_choice=missed == 0,
-            selected=None if penalty.selected is None else self._mean_per_request(penalty.selected),
-        )
-
-    def _step(self, adam: torch.optim.Adam, terms: _Terms, active: Bool[Tensor, " request"]) -> None:
-        """One step of Adam for the requests that are not done, and the projection on the ball."""
-        (self.delta.grad,) = torch.autograd.grad(terms.loss.sum(), self.delta)
-        before = self.delta.detach().clone()
-        adam.step()
-        with torch.no_grad():
-            radius = self.config.clamp * self.v0_norm
-            shrink = (radius / self.delta.norm(dim=2).clamp(min=torch.finfo(self.delta.dtype).tiny)).clamp(max=1)
-            self.delta.copy_(torch.where(active[:, None, None], self.delta * shrink[..., None], before))
-
-    def _results(self, columns: list[Tensor], selected: list[Tensor], lengths: list[int]) -> list[OptimisedValue]:
-        terms = torch.stack(columns, dim=1)
-        heads = torch.stack(selected, dim=1) if selected else None
-        return [
-            OptimisedValue(
-                deltas=self.delta[r].detach().clone(),
-                v0s=self.v0[r].clone(),
-                history=EditHistory(terms[r, :n].clone(), None if heads is None else heads[r, :n].clone()),
-            )
-            for r, n in enumerate(lengths)
-        ]
-
-
-class _Witnessed(_Optimisation):
-    """An optimisation whose restriction looks at the updates that the deltas of all requests come to."""
-
-    def by(self, witness: Witness, writing: Writing) -> "_Witnessed":
-        self.witness, self.writing = witness, writing
-        return self
-
-    def _penalty(self) -> Penalty:
-        return self.witness.penalty(self.writing(self.delta))
-
-    def _leave(self, active: Bool[Tensor, " request"]) -> None:
-        """The updates of all are those of all deltas: none leaves."""

@@ -13,8 +13,9 @@ from attn_drift.editors.memit import batch_direction
 from attn_drift.editors.pmet import PMETConfig
 from attn_drift.editors.spread import Spread
 from attn_drift.models import float64_device
+from attn_drift.optimiser import Settled
 from attn_drift.rewriting import request_texts
-from attn_drift.values import Settled, optimise_values
+from attn_drift.values import optimise_values
 
 Make = Callable[..., TransformerBridge]
 
@@ -23,7 +24,7 @@ Make = Callable[..., TransformerBridge]
 EASY = ad.EditRequest("The friend of {}", "Ada Bellini", "the")
 
 
-@pytest.mark.parametrize(("request_", "steps", "clamp"), [(EASY, 25, 100.0), (REQUESTS[1], 8, 2.0)])
+@pytest.mark.parametrize(("request_", "steps", "clamp"), [(EASY, 15, 100.0), (REQUESTS[1], 6, 2.0)])
 def test_values_equal_the_reference(
     make_model: Make, architecture: str, request_: ad.EditRequest, steps: int, clamp: float
 ) -> None:
@@ -63,7 +64,7 @@ def test_the_first_choice_ends_it(make_model: Make) -> None:
     assert lengths[0] == lengths[1] == 40 and 1 < lengths[2] < 40
 
 
-@pytest.mark.parametrize("layers", [(1,), (0, 1)])
+@pytest.mark.parametrize("layers", [(0, 1)])
 def test_updates_equal_the_reference(make_model: Make, architecture: str, layers: tuple[int, ...]) -> None:
     """Given the same deltas; shares of the rest go by the square root of the layers left."""
     model = make_model(architecture, torch.float64, bos=architecture == "llama")

@@ -38,6 +38,7 @@ ORDER = [
     "convergence",
     "streaming",
     "passes",
+    "optimiser",
     "values",
     "editors",
     "demo",

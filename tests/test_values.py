@@ -14,9 +14,10 @@ from transformer_lens.model_bridge import TransformerBridge
 import attn_drift as ad
 from attn_drift import rewriting
 from attn_drift.hooks import value_point
+from attn_drift.optimiser import ValueConfig
 from attn_drift.restriction import Restriction
 from attn_drift.rewriting import request_texts, rewriting_batch, suffix_batches
-from attn_drift.values import ValueConfig, optimise_values
+from attn_drift.values import optimise_values
 
 Make = Callable[..., TransformerBridge]
 

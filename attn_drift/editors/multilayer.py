@@ -19,9 +19,10 @@ from attn_drift.history import EditHistory
 from attn_drift.hooks import stream_point
 from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
 from attn_drift.moments import SecondMoment, sampled_moments
+from attn_drift.optimiser import ValueConfig, Writing
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
-from attn_drift.values import ValueConfig, Writing, groups, optimise_values
+from attn_drift.values import groups, optimise_values
 from attn_drift.weights import LowRankUpdate, identities
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from attn_drift.editors.spread import Site
 from attn_drift.edits import Edit
 from attn_drift.hooks import stream_point, value_point
 from attn_drift.moments import SecondMoment
+from attn_drift.optimiser import Settled
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
-from attn_drift.values import Settled
 
 # A tenth of the NLL once the target is the first choice, and done when the essence term is at most 0.01.
 SETTLED = Settled()
