@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test train-demo clean
+.PHONY: demo test bench train-demo clean
 
 demo: .venv/installed
 	$(BIN)/attn-drift demo --out demo-out
@@ -15,6 +15,10 @@ test: .venv/installed-dev
 	$(BIN)/pytest -n auto --dist loadgroup
 	PLOTLY_RENDERER=json $(BIN)/pytest --nbmake --nbmake-timeout=300 -p no:cacheprovider examples
 
+bench: .venv/installed-bench
+	mkdir -p build/bench
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest benchmarks --benchmark-json=build/bench/speed.json
+
 train-demo: .venv/installed
 	$(BIN)/attn-drift train-demo --out attn_drift/demo/model
 
@@ -25,6 +29,10 @@ train-demo: .venv/installed
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/installed-bench: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
 clean:

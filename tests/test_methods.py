@@ -166,7 +166,7 @@ def test_moments_of_a_folder(small: TransformerBridge, make_model: Make, tmp_pat
     record = method.record(supplies)
     assert list(record["moments"]) == ["1"] and len(record["moments"]["1"]) == 64
     assert "moments" not in method.record(Supplies(small, 0))
-    with pytest.raises(FileNotFoundError, match=r"no second moment of layer 0; see `attn-drift moments`"):
+    with pytest.raises(FileNotFoundError, match=r"no second moment of layer 0; make it with `attn-drift moments`"):
         Method.parse("rome:layer=0").bind(small).record(supplies)
     with pytest.raises(ValueError, match="was taken with the weights"):
         Supplies(make_model("gpt2", torch.float64), 0, tmp_path).moment(1)
