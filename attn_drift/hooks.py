@@ -196,9 +196,18 @@ def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Te
     Raises:
         FloatingPointError: the logits at a real token are NaN or infinite.
     """
-    logits: Tensor = model(batch.ids, attention_mask=batch.mask.long(), return_type="logits", **options)
+    logits: Tensor = model(batch.ids, attention_mask=_visible(model, batch), return_type="logits", **options)
     _check_logits(model, batch, logits, batch.mask)
     return logits
+
+
+def _visible(model: TransformerBridge, batch: TokenBatch) -> Int[Tensor, "text pos"]:
+    """The attention mask: what stands before a text is hidden; filling behind it sees itself, and nothing sees it.
+
+    A token that sees nothing becomes NaN in float64, also by a sliding window, and would spread it.
+    """
+    place = torch.arange(batch.mask.shape[1], device=batch.mask.device) - batch.starts[:, None]
+    return ((place >= 0) & (place < model.cfg.n_ctx)).long()
 
 
 def cached(model: TransformerBridge, batch: TokenBatch, stop: int) -> DynamicCache:
@@ -206,11 +215,10 @@ def cached(model: TransformerBridge, batch: TokenBatch, stop: int) -> DynamicCac
     # Run as if padded on the right: a token that sees nothing but filling may be NaN, and spread it.
     shift, columns = batch.starts[:, None], torch.arange(stop, device=batch.ids.device)
     source = (columns + shift).clamp(max=stop - 1)
-    ids, mask = (part[:, :stop].gather(1, source) for part in (batch.ids, batch.mask))
-    mask = mask & (columns + shift < stop)
+    ids = batch.ids[:, :stop].gather(1, source)
     cache = DynamicCache()
     with torch.no_grad():
-        model(ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
+        model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
     back = (columns - shift).clamp(min=0)
     for layer in cache.layers:
         layer.keys, layer.values = (_moved(kept, back, batch.mask[:, :stop]) for kept in (layer.keys, layer.values))
@@ -245,7 +253,7 @@ def run_on(
     def gather(stream: Tensor, hook: Any) -> Tensor:
         return stream[rows.to(stream.device), columns.to(stream.device)]
 
-    options = {"attention_mask": batch.mask.long(), "past_key_values": fork, "return_type": "logits"}
+    options = {"attention_mask": _visible(model, batch), "past_key_values": fork, "return_type": "logits"}
     with attached(model, [("unembed.hook_in", gather)]):
         logits: Tensor = model(batch.ids[:, start:], **options)
     _check_logits(model, batch, logits, batch.mask[rows, start + columns])
@@ -310,7 +318,7 @@ def read(
     """
     store: dict[str, Tensor] = {}
     with torch.no_grad(), attached(model, reading(points, store)):
-        model(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=stop_at_layer)
+        model(batch.ids, attention_mask=_visible(model, batch), stop_at_layer=stop_at_layer)
     silent = [point for point in points if point not in store]
     if silent:
         raise RuntimeError(f"the hook points {silent} of {model.cfg.model_name} did not fire; cannot read them")

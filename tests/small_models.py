@@ -7,15 +7,19 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, processors
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 ARCHITECTURES = ["gpt2", "gptj", "neox", "llama"]
+# With attention in windows that texts outgrow; Gemma 2 has norms behind its MLP as well.
+WINDOWED = ["mistral", "gemma2"]
 WORDS = "Ada Bellini plays the cello piano organ in town and Carla Moreau was seen by The man who met a friend is of. I"
 VOCAB = 320
 N_CTX = 64
@@ -41,6 +45,27 @@ CONFIGS = {
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+    ),
+    "mistral": MistralConfig(
+        vocab_size=VOCAB,
+        max_position_embeddings=N_CTX,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=6,
+    ),
+    "gemma2": Gemma2Config(
+        vocab_size=VOCAB,
+        max_position_embeddings=N_CTX,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
     ),
 }
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import make_hf_model, make_tokenizer
+from small_models import WINDOWED, make_hf_model, make_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from attn_drift import rewriting
-from attn_drift.hooks import value_point
+from attn_drift.hooks import stream_point, value_point
 from attn_drift.optimiser import ValueConfig
 from attn_drift.restriction import Restriction
 from attn_drift.rewriting import request_texts, rewriting_batch, suffix_batches
@@ -62,6 +62,21 @@ def test_cached_prefixes_change_nothing(
         if isinstance(restrict, ad.SADR):
             assert a.history.selected is not None and a.history.selected.any()
             torch.testing.assert_close(a.history.selected, b.history.selected)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+@pytest.mark.parametrize("point", [value_point(1), stream_point(1, "resid")])
+def test_cached_prefixes_under_sliding_windows(make_model: Make, kind: str, point: str) -> None:
+    model = make_model(kind, torch.float64, bos=True)
+    model.tokenizer.padding_side = "right"
+    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    term = ad.SADR(gamma=0.5, heads=ad.AllHeads()).bind(model, 1)
+    config = ValueConfig(steps=20, learning_rate=0.1)
+    fast = optimise_values(model, [point], texts, config, term)
+    plain = optimise_values(model, [point], texts, config, term, whole=True)
+    for a, b in zip(fast, plain, strict=True):
+        assert (a.delta - b.delta).norm() <= 1e-5 * b.delta.norm()
+        torch.testing.assert_close(a.history.terms, b.history.terms, rtol=1e-5, atol=1e-7)
 
 
 def test_requests_that_are_done_leave(make_model: Make) -> None:
