@@ -207,7 +207,8 @@ def _visible(model: TransformerBridge, batch: TokenBatch) -> Int[Tensor, "text p
     A token that sees nothing becomes NaN in float64, also by a sliding window, and would spread it.
     """
     place = torch.arange(batch.mask.shape[1], device=batch.mask.device) - batch.starts[:, None]
-    return ((place >= 0) & (place < model.cfg.n_ctx)).long()
+    visible: Tensor = (place >= 0) & (place < model.cfg.n_ctx)
+    return visible.long()
 
 
 def cached(model: TransformerBridge, batch: TokenBatch, stop: int) -> DynamicCache:
