@@ -1,0 +1,119 @@
+"""What is timed, on the demo model: the fast path beside the plain one, which runs every text as a whole or alone.
+
+Clocks count processor time of this process, which other processes on the machine hardly change.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from unittest.mock import patch
+
+import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
+
+import attn_drift as ad
+from analysis.methods import Supplies, parse_methods
+from analysis.scores import Scores
+from analysis.specificity import score
+from analysis.worker import Job, Plan, Worker
+from attn_drift.cases import Case
+from attn_drift.demo.cases import demo_cases
+from attn_drift.demo.world import World
+from attn_drift.edits import Edit
+from attn_drift.hooks import value_point
+from attn_drift.models import demo_folder
+from attn_drift.optimiser import OptimisedValue, ValueConfig
+from attn_drift.restriction import Restriction
+from attn_drift.rewriting import RequestTexts, request_texts
+from attn_drift.sampling import ROME_LENGTHS
+from attn_drift.values import optimise_values
+
+CLOCK = time.process_time
+
+# Steps of a whole optimisation: those of the demo model's preset.
+STEPS = 60
+METHOD = "rome+sadr"
+SADR = ad.SADR(gamma=0.1)
+
+
+@dataclass(frozen=True, eq=False)
+class Lab:
+    """A model and what its edits need, made before any clock starts."""
+
+    model: TransformerBridge
+    config: ad.ROMEConfig
+    contexts: Sequence[str]
+    cases: Sequence[Case]
+
+    @classmethod
+    def demo(cls) -> "Lab":
+        model = ad.load_model("demo", device="cpu")
+        contexts = Supplies(model, 0).contexts(ROME_LENGTHS)
+        cases = demo_cases(World.load(demo_folder() / "world.json"), 64, 0)
+        return cls(model, ad.ROMEConfig.for_model(model), contexts, cases)
+
+    def texts(self, n: int) -> list[RequestTexts]:
+        """The texts of the first ``n`` requests: 21 and the essence of each."""
+        return [request_texts(self.model, case.request, self.contexts) for case in self.cases[:n]]
+
+    def values(
+        self, texts: Sequence[RequestTexts], restrict: Restriction | None, steps: int, whole: bool
+    ) -> list[OptimisedValue]:
+        """Values of all requests at once, none of which stops before the last step."""
+        config: ValueConfig = replace(self.config, steps=steps, stop_loss=-1.0)
+        term = None if restrict is None else restrict.bind(self.model, self.config.layer)
+        return optimise_values(self.model, [value_point(self.config.layer)], texts, config, term, whole=whole)
+
+    def step(self, texts: Sequence[RequestTexts], restrict: Restriction | None, steps: int, whole: bool) -> float:
+        """Seconds per step and request, what is done once for all steps left out."""
+        once = seconds(lambda: self.values(texts, restrict, 1, whole))
+        return (seconds(lambda: self.values(texts, restrict, 1 + steps, whole)) - once) / steps / len(texts)
+
+    def edits(self, n: int) -> list[Edit]:
+        """Short SADR edits of the first cases, to be scored."""
+        config = replace(self.config, steps=10)
+        return ad.rome(
+            self.model, [c.request for c in self.cases[:n]], config=config, contexts=self.contexts, restrict=SADR
+        )
+
+    def scores(self, edits: Sequence[Edit], alone: bool) -> Scores:
+        """Of the cases of some edits."""
+        with one_text_at_a_time() if alone else ExitStack():
+            return score(self.model, self.cases[: len(edits)], edits)
+
+    def worker(self) -> Worker:
+        """The benchmark's, for ROME with SADR; contexts and moment made."""
+        worker = Worker(self.model, Plan(tuple(parse_methods([METHOD]))))
+        worker.supplies.contexts(self.config.context_lengths), worker.supplies.moment(self.config.layer)
+        return worker
+
+
+def part(worker: Worker, cases: Sequence[Case], plain: bool) -> pd.DataFrame:
+    """The benchmark's rows of some cases, edited and scored together, or, plainly, one case and one text at a time."""
+    if not plain:
+        return worker.run(Job(METHOD, 0, tuple(cases)))
+    with one_text_at_a_time(), whole_texts():
+        return pd.concat([worker.run(Job(METHOD, 0, (case,))) for case in cases], ignore_index=True)
+
+
+@contextmanager
+def one_text_at_a_time() -> Iterator[None]:
+    """A block in which every text is scored, and every continuation made, in runs of its own."""
+    with patch("analysis.specificity.ROWS_AT_ONCE", 1), patch("analysis.generation.ROWS_AT_ONCE", 1):
+        yield
+
+
+@contextmanager
+def whole_texts() -> Iterator[None]:
+    """A block in which ROME runs whole texts at every step."""
+    with patch("attn_drift.editors.rome.optimise_values", partial(optimise_values, whole=True)):
+        yield
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Processor time of some work."""
+    start = CLOCK()
+    work()
+    return CLOCK() - start
