@@ -13,6 +13,8 @@ import torch
 from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import Module
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
@@ -261,33 +263,6 @@ def run_on(
     return logits
 
 
-@contextmanager
-def keeping_output(model: TransformerBridge, layer: int, store: list[Any]) -> Iterator[None]:
-    """A block in which what a layer puts out is put into ``store``; nothing where there is no such layer."""
-    if layer < 0:
-        yield
-        return
-    handle = model.blocks[layer].register_forward_hook(lambda _module, _inputs, output: store.append(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def skipping(model: TransformerBridge, layers: int, output: Any) -> Iterator[None]:
-    """A block in which the first layers are not run: the last of them puts out what it did before."""
-    blocks = list(model.blocks)[:layers]
-    try:
-        for block in blocks:
-            # A bridge hands plain assignments on to what it wraps.
-            vars(block)["forward"] = lambda *_inputs, **_options: output
-        yield
-    finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
-
-
 def _check_logits(model: TransformerBridge, batch: TokenBatch, logits: Tensor, real: Bool[Tensor, "text pos"]) -> None:
     # The final norm and the unembedding spread whatever is not finite over the whole vocabulary.
     broken = (~torch.isfinite(logits[:, :, 0]) & real).any(1)
@@ -301,6 +276,17 @@ def _not_finite(model: TransformerBridge, what: str, text: str) -> FloatingPoint
         "NaN; (b) an edit in effect is so large that the dtype overflows; (c) left padding in float64, which Hugging "
         "Face's Llama attention turns into NaN: set model.tokenizer.padding_side = 'right'"
     )
+
+
+def components(model: TransformerBridge) -> list[Module]:
+    """The modules that a model is run by, hook points left out."""
+    return [module for module in model.original_model.modules() if not isinstance(module, HookPoint)]
+
+
+def has_hooks(component: Module) -> bool:
+    """Whether a hook is attached to one of a component's own points."""
+    points = [point for point in component.children() if isinstance(point, HookPoint)]
+    return any(point.fwd_hooks or point.bwd_hooks for point in points)
 
 
 def is_hooked(model: TransformerBridge) -> bool:

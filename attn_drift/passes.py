@@ -1,11 +1,13 @@
 """Runs of rewriting texts while values are optimised: what is read, what is added, what a restriction sees."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
@@ -13,16 +15,14 @@ from attn_drift.hooks import (
     adding,
     attached,
     cached,
-    keeping_output,
-    layer_of,
     reading,
     run,
     run_on,
-    skipping,
     updating,
 )
 from attn_drift.restriction import LossTerm, Penalty
 from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch
+from attn_drift.shortcuts import Constants, Forward, fused, replaced
 
 Deltas = Float[Tensor, "request site d_model"]
 # Keys and values of a low-rank update, shared by all requests, or with a leading axis of requests.
@@ -32,8 +32,8 @@ Update = tuple[Float[Tensor, "*request rank d_mlp"], Float[Tensor, "*request ran
 class Pass:
     """A batch of texts that is run together, and its share of the loss.
 
-    What does not change from step to step is computed once: what stands before the batch's offset, and the layers below
-    the first that is read. Logits are made only where a loss reads them.
+    What does not change from step to step is computed once: what stands before the batch's offset, the layers below the
+    first vector that is optimised, and what its own layer does before it. Logits are made only where a loss reads them.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Pass:
         self.adding = [adding(point, columns, vectors_of(site)) for site, point in enumerate(points)]
         self.columns = self._columns()
         self.cache = cached(model, batch.tokens, batch.offset) if batch.offset else DynamicCache()
-        self.first = min(layer_of(point) for point in read)
-        self.below: list[Any] = []
+        self.fused: Mapping[Module, Forward] | None = None
+        self.constants: Constants | None = None
 
     def _columns(self) -> Tensor:
         """Where logits are read, ``[row target]``: at the target's places, and at the subject of essence texts."""
@@ -75,12 +75,17 @@ class Pass:
     def run(self, edited: bool = True) -> Float[Tensor, "row target vocab"]:
         """The logits at ``columns``, with deltas or without; activations go to ``store``."""
         batch, hooks = self.batch, [*self.reading, *(self.adding if edited else ())]
-        known = skipping(self.model, self.first, self.below[0]) if self.below else self._keeping()
-        with attached(self.model, hooks), known:
-            return run_on(self.model, batch.tokens, self.cache, batch.offset, self.columns)
+        with attached(self.model, hooks):
+            if self.fused is None:
+                self.fused = fused(self.model)
+            with replaced(self.fused), self._constant() if edited else nullcontext():
+                return run_on(self.model, batch.tokens, self.cache, batch.offset, self.columns)
 
-    def _keeping(self) -> Any:
-        return keeping_output(self.model, self.first - 1, self.below)
+    def _constant(self) -> AbstractContextManager[None]:
+        if self.constants is not None:
+            return self.constants.put()
+        self.constants = Constants(self.model)
+        return self.constants.recorded()
 
     def record_vanilla(self) -> None:
         """Keeps what the restriction compares with, of the run just made."""

@@ -22,6 +22,7 @@ ORDER = [
     "history",
     "tokens",
     "hooks",
+    "shortcuts",
     "models",
     "rewriting",
     "weights",
