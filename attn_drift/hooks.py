@@ -5,7 +5,6 @@ Nothing else in the project names a hook point or attaches a hook.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.nn import Module
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import DynamicCache
 
 from attn_drift.tokens import TokenBatch
 
@@ -184,6 +182,16 @@ def attending(
     return [(head_value_point(layer), read), (head_output_point(layer), write)]
 
 
+def gathering(columns: Int[Tensor, "text read"]) -> Hook:
+    """A hook that leaves the unembedding only some columns of each text."""
+    rows = torch.arange(len(columns))[:, None]
+
+    def gather(stream: Tensor, hook: Any) -> Tensor:
+        return stream[rows.to(stream.device), columns.to(stream.device)]
+
+    return "unembed.hook_in", gather
+
+
 def attended(
     patterns: Float[Tensor, "text head query key"], values: Float[Tensor, "text key kv_head d_head"]
 ) -> Float[Tensor, "text query head d_head"]:
@@ -199,7 +207,7 @@ def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Te
         FloatingPointError: the logits at a real token are NaN or infinite.
     """
     logits: Tensor = model(batch.ids, attention_mask=_visible(model, batch), return_type="logits", **options)
-    _check_logits(model, batch, logits, batch.mask)
+    check_logits(model, logits, batch.mask, [row.text for row in batch.rows])
     return logits
 
 
@@ -213,61 +221,17 @@ def _visible(model: TransformerBridge, batch: TokenBatch) -> Int[Tensor, "text p
     return visible.long()
 
 
-def cached(model: TransformerBridge, batch: TokenBatch, stop: int) -> DynamicCache:
-    """Keys and values of the columns before ``stop`` of a batch, without gradients; zero where a column is filling."""
-    # Run as if padded on the right: a token that sees nothing but filling may be NaN, and spread it.
-    shift, columns = batch.starts[:, None], torch.arange(stop, device=batch.ids.device)
-    source = (columns + shift).clamp(max=stop - 1)
-    ids = batch.ids[:, :stop].gather(1, source)
-    cache = DynamicCache()
-    with torch.no_grad():
-        model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-    back = (columns - shift).clamp(min=0)
-    for layer in cache.layers:
-        layer.keys, layer.values = (_moved(kept, back, batch.mask[:, :stop]) for kept in (layer.keys, layer.values))
-    return cache
-
-
-def _moved(
-    kept: Float[Tensor, "text head pos width"], source: Int[Tensor, "text pos"], mask: Bool[Tensor, "text pos"]
-) -> Float[Tensor, "text head pos width"]:
-    """Each position's vectors taken from another one, zero where the mask is not set."""
-    index, present = (rearrange(part, "text pos -> text 1 pos 1").to(kept.device) for part in (source, mask))
-    moved: Tensor = torch.where(present, kept.gather(2, index.expand_as(kept)), torch.zeros_like(kept))
-    return moved
-
-
-def run_on(
-    model: TransformerBridge, batch: TokenBatch, cache: DynamicCache, start: int, columns: Int[Tensor, "text read"]
-) -> Float[Tensor, "text read vocab"]:
-    """Runs the model on the tokens from column ``start`` on, after what is `cached`, which is left as it is.
-
-    Args:
-        model, batch, cache, start: as above; an empty cache where ``start`` is 0.
-        columns: at which logits are made, counted from ``start``.
-
-    Raises:
-        FloatingPointError: the logits at a real token are NaN or infinite.
-    """
-    fork = copy(cache)
-    fork.layers = [copy(layer) for layer in cache.layers]
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
-
-    def gather(stream: Tensor, hook: Any) -> Tensor:
-        return stream[rows.to(stream.device), columns.to(stream.device)]
-
-    options = {"attention_mask": _visible(model, batch), "past_key_values": fork, "return_type": "logits"}
-    with attached(model, [("unembed.hook_in", gather)]):
-        logits: Tensor = model(batch.ids[:, start:], **options)
-    _check_logits(model, batch, logits, batch.mask[rows, start + columns])
-    return logits
-
-
-def _check_logits(model: TransformerBridge, batch: TokenBatch, logits: Tensor, real: Bool[Tensor, "text pos"]) -> None:
+def check_logits(
+    model: TransformerBridge,
+    logits: Float[Tensor, "text pos vocab"],
+    real: Bool[Tensor, "text pos"],
+    names: Sequence[str],
+) -> None:
+    """Raises a FloatingPointError that names the text if logits are not finite where ``real`` is set."""
     # The final norm and the unembedding spread whatever is not finite over the whole vocabulary.
     broken = (~torch.isfinite(logits[:, :, 0]) & real).any(1)
     if broken.any():
-        raise _not_finite(model, "logits", batch.rows[int(broken.nonzero()[0, 0])].text)
+        raise _not_finite(model, "logits", names[int(broken.nonzero()[0, 0])])
 
 
 def _not_finite(model: TransformerBridge, what: str, text: str) -> FloatingPointError:

@@ -9,17 +9,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import DynamicCache
 
 from attn_drift.hooks import (
     adding,
     attached,
-    cached,
     reading,
     run,
-    run_on,
     updating,
 )
+from attn_drift.prefixes import Prefixes, Suffixes
 from attn_drift.restriction import LossTerm, Penalty
 from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch
 from attn_drift.shortcuts import Constants, Forward, fused, replaced
@@ -59,7 +57,14 @@ class Pass:
         self.reading = reading(read, self.store)
         self.adding = [adding(point, columns, vectors_of(site)) for site, point in enumerate(points)]
         self.columns = self._columns()
-        self.cache = cached(model, batch.tokens, batch.offset) if batch.offset else DynamicCache()
+        names = [row.text for row in batch.tokens.rows]
+        lengths = (batch.offset - batch.tokens.starts).tolist()
+        if batch.offset:
+            read_once = [row.ids[:n] for row, n in zip(batch.tokens.rows, lengths, strict=True)]
+            self.prefixes = Prefixes.read(model, names, read_once)
+        else:
+            self.prefixes = Prefixes.none(model, names)
+        self.suffixes = Suffixes(batch.tokens.ids[:, batch.offset :], batch.tokens.mask[:, batch.offset :])
         self.fused: Mapping[Module, Forward] | None = None
         self.constants: Constants | None = None
 
@@ -74,12 +79,11 @@ class Pass:
 
     def run(self, edited: bool = True) -> Float[Tensor, "row target vocab"]:
         """The logits at ``columns``, with deltas or without; activations go to ``store``."""
-        batch, hooks = self.batch, [*self.reading, *(self.adding if edited else ())]
-        with attached(self.model, hooks):
+        with attached(self.model, [*self.reading, *(self.adding if edited else ())]):
             if self.fused is None:
                 self.fused = fused(self.model)
             with replaced(self.fused), self._constant() if edited else nullcontext():
-                return run_on(self.model, batch.tokens, self.cache, batch.offset, self.columns)
+                return self.prefixes.run_on(self.model, self.suffixes, self.columns)[0]
 
     def _constant(self) -> AbstractContextManager[None]:
         if self.constants is not None:

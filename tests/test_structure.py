@@ -23,6 +23,7 @@ ORDER = [
     "tokens",
     "hooks",
     "shortcuts",
+    "prefixes",
     "models",
     "rewriting",
     "weights",
