@@ -11,9 +11,10 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.generation import Opening, check_room, continuations
+from analysis.answers import Question, answer, continuations
+from analysis.generation import Opening, check_room
 from analysis.scores import Scores
-from analysis.specificity import Question, answer, check_input
+from analysis.specificity import check_input
 from attn_drift.cases import Case
 from attn_drift.edits import Edit
 from attn_drift.tokens import Completion, encode

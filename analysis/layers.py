@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from analysis.answers import Question, answer
 from analysis.evidence import LEAST_CASES
 from analysis.evidence.studies import ROMES_WINDOW
 from analysis.interventions import Text
-from analysis.specificity import Question, answer, check_input, check_texts, score
+from analysis.specificity import check_input, check_texts, score
 from analysis.statistics import grouped_intervals, percentiles, resampled_means
 from analysis.substitution import causal_trace
 from analysis.supplies import Supplies

@@ -19,9 +19,10 @@ import torch
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from analysis.answers import Question, answer
 from analysis.methods import Config, Method, one_edit
 from analysis.scores import DTYPES, SUMMARISED, Scores, results_row
-from analysis.specificity import Question, answer, check_input, check_texts
+from analysis.specificity import check_input, check_texts
 from analysis.supplies import Supplies
 from attn_drift.cases import Case, Probe, Task
 from attn_drift.editors.shared import EXPLODED, texts_of

@@ -6,26 +6,19 @@ probabilities of both objects.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.generation import Opening, check_room, continuations
+from analysis.answers import Answer, Question, ask
+from analysis.generation import Opening, check_room
 from analysis.scores import Scores
 from attn_drift.cases import TASKS, Case, Probe, Task
-from attn_drift.edits import Edit, applied_to_rows
-from attn_drift.hooks import run
+from attn_drift.edits import Edit
 from attn_drift.models import check_model
-from attn_drift.tokens import Completion, Tokens, encode_completion, pad
-
-ROWS_AT_ONCE = 256
-LOGITS_AT_ONCE = 2**26
+from attn_drift.tokens import encode_completion
 
 # Their objects are whole sentences, given to choose from: nobody expects a model to say them freely.
 CHOICES: tuple[Task, ...] = ("commonsense", "distracted_commonsense")
@@ -61,8 +54,8 @@ def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit 
     ]
     asked = [_Asked.of(model, task, probe, edit) for _, task, probe, edit in probes]
     questions = [question for a in asked for question in (a.right, a.wrong) if question is not None]
-    answers = iter(answer(model, questions))
-    told = iter(continuations(model, [a.opening for a in asked if a.opening is not None]))
+    found, said = ask(model, questions, [a.opening for a in asked if a.opening is not None])
+    answers, told = iter(found), iter(said)
     rows = [
         {"case": case_id, "task": task, "text": probe.text, "right": probe.right, "wrong": probe.wrong}
         | _measures(probe, next(answers), None if a.wrong is None else next(answers))
@@ -94,8 +87,8 @@ def check_texts(model: TransformerBridge, case: Case) -> None:
 class _Asked:
     """What the model is asked about a probe."""
 
-    right: "Question"
-    wrong: "Question | None"
+    right: Question
+    wrong: Question | None
     opening: Opening | None
 
     @classmethod
@@ -109,7 +102,7 @@ class _Asked:
         return cls(Question(edit, right), wrong, Opening(edit, right.tokens.head(right.prompt_last + 1), length))
 
 
-def _measures(probe: Probe, right: "Answer", wrong: "Answer | None") -> dict[str, Any]:
+def _measures(probe: Probe, right: Answer, wrong: Answer | None) -> dict[str, Any]:
     logp_right = right.log_probs.mean().item()
     measures = {
         "logp_right": logp_right,
@@ -136,76 +129,3 @@ def begins(continuation: str, answer: str) -> bool:
     words = r"\s+".join(re.escape(word) for word in answer.split())
     end = "" if re.search(rf"[{UNSPACED}]$", answer.strip()) else r"(?!\w)"
     return re.match(rf"\s*{words}{end}", continuation, re.IGNORECASE) is not None
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """A completion, asked of the model under an edit (None: as it is)."""
-
-    edit: Edit | None
-    completion: Completion
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What the model gave the tokens of a completion.
-
-    Attributes:
-        log_probs: of each target token, those before it given.
-        first_choice: whether each is the model's first choice.
-    """
-
-    log_probs: Float[Tensor, " target"]
-    first_choice: Bool[Tensor, " target"]
-
-
-def answer(model: TransformerBridge, questions: Sequence[Question]) -> list[Answer]:
-    """Teacher-forced log-probabilities of many completions, each under its own edit.
-
-    Completions that give the model the same tokens under the same edit (one-token objects after one text) share a row.
-    """
-    shared: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-    for index, question in enumerate(questions):
-        shared.setdefault((id(question.edit), question.completion.tokens.ids), []).append(index)
-    answers: dict[int, Answer] = {}
-    with torch.no_grad(), tqdm(total=len(shared), desc="scoring", leave=False) as progress:
-        for group in _groups(model, list(shared.values()), questions):
-            rows: list[Tokens] = [questions[members[0]].completion.tokens for members in group]
-            batch = pad(model, rows)
-            with applied_to_rows(model, [questions[members[0]].edit for members in group]):
-                logits = run(model, batch)
-            for row, members in enumerate(group):
-                start = int(batch.starts[row])
-                for index in members:
-                    completion = questions[index].completion
-                    answers[index] = _answer(logits[row, start : start + len(rows[row])], completion)
-            progress.update(len(group))
-    return [answers[index] for index in range(len(questions))]
-
-
-def _answer(logits: Float[Tensor, "pos vocab"], completion: Completion) -> Answer:
-    target = torch.tensor(completion.target, device=logits.device)
-    at_target = logits[completion.prompt_last :]
-    at_target = at_target.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probs = at_target.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
-    # Sums in float64: the probability of a sentence is beyond the least float32.
-    return Answer(log_probs.cpu().double(), (at_target.argmax(-1) == target).cpu())
-
-
-def _groups(
-    model: TransformerBridge, rows: list[list[int]], questions: Sequence[Question]
-) -> Iterator[list[list[int]]]:
-    """Rows of like length together, in batches of bounded size."""
-
-    def length(members: list[int]) -> int:
-        return len(questions[members[0]].completion.tokens)
-
-    group: list[list[int]] = []
-    for members in sorted(rows, key=length):
-        full = (len(group) + 1) * length(members) * model.cfg.d_vocab > LOGITS_AT_ONCE
-        if group and (full or len(group) == ROWS_AT_ONCE):
-            yield group
-            group = []
-        group.append(members)
-    if group:
-        yield group

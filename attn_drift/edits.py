@@ -261,13 +261,25 @@ def applied_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> I
     Every batch run in the block must have as many texts as there are edits.
 
     Raises:
-        ValueError: an edit does not fit the model, or is written in its weights, so that it would count twice.
+        ValueError: as of `check_rows`.
     """
+    check_rows(model, edits)
+    with attached_to_rows(model, edits):
+        yield
+
+
+def check_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> None:
+    """Raises a ValueError if an edit does not fit the model, or is written in its weights and would count twice."""
     known = identities(model)
     for edit in {edit for edit in edits if edit is not None}:
         edit.check_fits(model)
         edit.check_not_written(model)
         edit.warn_of_another_model(model, known)
+
+
+@contextmanager
+def attached_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> Iterator[None]:
+    """`applied_to_rows` for edits that were checked, so that many runs need not check them again."""
     layers = sorted({layer for edit in edits if edit is not None for layer in edit.updates})
     with ExitStack() as stack:
         for layer in layers:

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
@@ -46,14 +47,31 @@ class Prefixes:
         with torch.no_grad():
             return nothing.extended(model, suffixes, suffixes.last[:, :0])[1]
 
-    def picked(self, rows: Int[Tensor, " row"]) -> "Prefixes":
+    @classmethod
+    def together(cls, parts: Sequence["Prefixes"]) -> "Prefixes":
+        """Several, one after the other."""
+        width = max(part.mask.shape[1] for part in parts)
+        filling = [width - part.mask.shape[1] for part in parts]
+        joined = copy(parts[0].cache)
+        joined.layers = [copy(layer) for layer in joined.layers]
+        for i, layer in enumerate(joined.layers):
+            own = [(part.cache.layers[i], before) for part, before in zip(parts, filling, strict=True)]
+            layer.keys = torch.cat([pad(other.keys, (0, 0, before, 0)) for other, before in own])
+            layer.values = torch.cat([pad(other.values, (0, 0, before, 0)) for other, before in own])
+        return cls(
+            tuple(name for part in parts for name in part.names),
+            torch.cat([pad(part.mask, (before, 0)) for part, before in zip(parts, filling, strict=True)]),
+            joined,
+        )
+
+    def picked(self, rows: Sequence[int]) -> "Prefixes":
         """Some of the texts, in any order and number; columns in which none has a token are left out."""
-        mask = self.mask[rows]
+        mask = self.mask[torch.tensor(rows, device=self.mask.device)]
         start = mask.shape[1] - int(mask.sum(1).max())
         return Prefixes(
-            tuple(self.names[row] for row in rows.tolist()),
+            tuple(self.names[row] for row in rows),
             mask[:, start:],
-            _changed(self.cache, lambda kept: kept[rows.to(kept.device), :, start:]),
+            _changed(self.cache, lambda kept: kept[torch.tensor(rows, device=kept.device), :, start:]),
         )
 
     def run_on(
@@ -122,6 +140,11 @@ class Suffixes:
         ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
         return cls(ids.to(device), mask.to(device))
 
+    @classmethod
+    def tokens(cls, ids: Int[Tensor, " text"]) -> "Suffixes":
+        """One token for each text."""
+        return cls(ids[:, None], torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device))
+
     @property
     def last(self) -> Int[Tensor, "text 1"]:
         """Column of each text's last token."""
@@ -138,7 +161,7 @@ def _changed(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> Dynamic
 
 
 def _moved(
-    kept: Float[Tensor, "text head pos width"], source: Int[Tensor, "text pos"], mask: Bool[Tensor, "text pos"]
+    kept: Float[Tensor, "text head past width"], source: Int[Tensor, "text pos"], mask: Bool[Tensor, "text pos"]
 ) -> Float[Tensor, "text head pos width"]:
     """Each position's vectors taken from another one, zero where the mask is not set."""
     index, present = (rearrange(part, "text pos -> text 1 pos 1").to(kept.device) for part in (source, mask))

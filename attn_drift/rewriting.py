@@ -8,13 +8,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.budget import parted
 from attn_drift.requests import SLOT, EditRequest, check_contexts, fill, find_subject
 from attn_drift.tokens import Completion, TokenBatch, Tokens, align, encode, encode_completion, pad
 
 IGNORED = -100
-
-# What a run of the model costs beside its tokens, in tokens.
-TOKENS_PER_RUN = 400
 
 
 @dataclass(frozen=True)
@@ -133,36 +131,18 @@ def suffix_batches(model: TransformerBridge, texts: Sequence[RequestTexts]) -> l
     """All texts of several requests in batches that begin at their subject-last tokens, aligned in one column.
 
     Nothing before that token changes while a value is optimised. Texts are parted by what follows it, so that the
-    tokens that are run, filling included, and what every batch costs beside them (``TOKENS_PER_RUN``) are least.
+    tokens that are run, filling included, and what every batch costs beside them are least.
     """
     batches = []
-    for rows in _parted(_rows(texts)):
+    all_rows = _rows(texts)
+    before = [row.subject_last for row in all_rows]
+    lengths = [len(row.tokens) - row.subject_last for row in all_rows]
+    for group in parted(before, lengths, model.cfg.n_ctx):
+        rows = [all_rows[place] for place in group]
         subject_last = [row.subject_last for row in rows]
         tokens = align(model, [row.tokens for row in rows], subject_last)
         batches.append(_batch(texts, rows, tokens, max(subject_last)))
     return batches
-
-
-def _parted(rows: Sequence[_Row]) -> list[list[_Row]]:
-    """Rows in groups of like length from the subject-last token on, each in the order of their places."""
-    by_length: dict[int, list[_Row]] = {}
-    for row in rows:
-        by_length.setdefault(len(row.tokens) - row.subject_last, []).append(row)
-    lengths = sorted(by_length)
-    # Of the first so many lengths: the least cost, and where its last group begins.
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for stop in range(1, len(lengths) + 1):
-        costs, n = [], 0
-        for first in range(stop - 1, -1, -1):
-            n += len(by_length[lengths[first]])
-            costs.append((best[first][0] + TOKENS_PER_RUN + n * lengths[stop - 1], first))
-        best.append(min(costs))
-    groups, stop = [], len(lengths)
-    while stop:
-        first = best[stop][1]
-        groups.append(sorted((r for n in lengths[first:stop] for r in by_length[n]), key=lambda row: row.place))
-        stop = first
-    return groups[::-1]
 
 
 def _batch(texts: Sequence[RequestTexts], rows: Sequence[_Row], tokens: TokenBatch, offset: int) -> RewritingBatch:

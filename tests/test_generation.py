@@ -19,7 +19,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import attn_drift as ad
 from analysis import generation
-from analysis.generation import Opening, continuations
+from analysis.answers import continuations
+from analysis.generation import Opening
 from attn_drift.models import down_projection
 from attn_drift.tokens import Tokens, encode
 

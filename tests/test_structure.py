@@ -21,6 +21,7 @@ ORDER = [
     "corpora",
     "history",
     "tokens",
+    "budget",
     "hooks",
     "shortcuts",
     "prefixes",

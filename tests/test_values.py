@@ -12,7 +12,7 @@ from small_models import WINDOWED, make_hf_model, make_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift import rewriting
+from attn_drift import budget
 from attn_drift.hooks import stream_point, value_point
 from attn_drift.optimiser import ValueConfig
 from attn_drift.restriction import Restriction
@@ -44,7 +44,7 @@ def test_cached_prefixes_change_nothing(
     model = make_model(architecture, torch.float64, bos=bos)
     model.tokenizer.padding_side = "right"
     texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
-    monkeypatch.setattr(rewriting, "TOKENS_PER_RUN", 5)
+    monkeypatch.setattr(budget, "TOKENS_PER_RUN", 5)
     batches = suffix_batches(model, texts)
     assert len(batches) > 2 and all((batch.subject_last == batch.offset).all() for batch in batches)
     config = ValueConfig(steps=20, learning_rate=0.1)
@@ -113,7 +113,7 @@ def test_every_text_is_in_one_batch(subjects: list[str], more: list[str], price:
     contexts = ["{}", *more]
     texts = [request_texts(small, ad.EditRequest("{} plays the", s, "cello"), contexts) for s in subjects]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rewriting, "TOKENS_PER_RUN", price)
+        patch.setattr(budget, "TOKENS_PER_RUN", price)
         batches = suffix_batches(small, texts)
     whole = rewriting_batch(small, texts)
     places = torch.cat([batch.place for batch in batches])

@@ -1,0 +1,111 @@
+"""Token sequences as a tree, so that what several begin with is run once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+# A part is shared where that spares as many tokens: less is not worth a run of its own.
+WORTH = 16
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stretch of tokens that follows another node's (or begins, if ``parent`` is None).
+
+    Attributes:
+        parent: place of the node before it.
+        level: number of nodes before it.
+        start: number of tokens before it.
+        ids: its tokens.
+    """
+
+    parent: int | None
+    level: int
+    start: int
+    ids: Ids
+
+    @property
+    def stop(self) -> int:
+        """Number of tokens up to its end."""
+        return self.start + len(self.ids)
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A tree of token sequences.
+
+    Attributes:
+        nodes: parents before their children.
+        leaves: for each sequence the place of the last node that it needs. The sequence ends with it if that was asked
+            for; otherwise a longer one may go on there.
+    """
+
+    nodes: tuple[Node, ...]
+    leaves: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Ids], ending: Sequence[bool], worth: int = WORTH) -> "TokenTree":
+        """The tree of different sequences.
+
+        Args:
+            sequences: none of them empty, none twice.
+            ending: of which a node must end where the sequence does.
+            worth: how many tokens a shared node must spare.
+        """
+        order = sorted(range(len(sequences)), key=sequences.__getitem__)
+        rows = [sequences[i] for i in order]
+        nodes: list[Node] = []
+        leaves: list[int | None] = [None] * len(rows)
+
+        def add(parent: int | None, start: int, ids: Ids) -> int:
+            nodes.append(Node(parent, 0 if parent is None else nodes[parent].level + 1, start, ids))
+            return len(nodes) - 1
+
+        # Rows that agree up to `known`; the node before them ends at `start`.
+        open_groups: list[tuple[range, int | None, int, int]] = [(range(len(rows)), None, 0, 0)]
+        while open_groups:
+            group, parent, start, known = open_groups.pop()
+            for part in _by_token(rows, group, known):
+                first = rows[part[0]]
+                if len(part) == 1:
+                    leaves[part[0]] = add(parent, start, first[start:])
+                    continue
+                # Rows are sorted: what the first and the last share, all do.
+                stop = _shared(first, rows[part[-1]])
+                ends = len(first) == stop
+                node = parent, start
+                if (len(part) - 1) * (stop - start) >= worth or (ends and ending[order[part[0]]]):
+                    node = add(parent, start, first[start:stop]), stop
+                    if ends:
+                        leaves[part[0]] = node[0]
+                open_groups.append((part[1:] if ends else part, *node, stop))
+        # A row without a node of its own ends within the next one, which begins with it.
+        for i in range(len(rows) - 2, -1, -1):
+            leaves[i] = leaves[i + 1] if leaves[i] is None else leaves[i]
+        found = dict(zip(order, leaves, strict=True))
+        return cls(tuple(nodes), tuple(leaf for i in range(len(rows)) if (leaf := found[i]) is not None))
+
+    def path(self, place: int) -> Iterator[int]:
+        """A node and those before it, backwards."""
+        step: int | None = place
+        while step is not None:
+            yield step
+            step = self.nodes[step].parent
+
+    def holding(self, leaf: int, position: int) -> int:
+        """The node on the way to ``leaf`` that has the token at ``position``."""
+        return next(place for place in self.path(leaf) if self.nodes[place].start <= position)
+
+
+def _by_token(rows: Sequence[Ids], group: range, position: int) -> Iterator[range]:
+    """Parts of a group of sorted rows that have the same token at a position."""
+    for _, part in groupby(group, lambda i: rows[i][position]):
+        places = list(part)
+        yield range(places[0], places[-1] + 1)
+
+
+def _shared(a: Ids, b: Ids) -> int:
+    """Number of tokens at the beginning of both."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,121 @@
+"""How many texts are run at once: an estimate of what a run holds, and what is free."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+# Of what is free.
+SHARE = 0.5
+# Tokens in a run, filling included: beyond, time per token no longer falls.
+TOKENS_AT_ONCE = 2**14
+# What a run costs beside its tokens, in tokens.
+TOKENS_PER_RUN = 400
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is.
+
+    Attributes:
+        rows: texts.
+        new: tokens of each that are run, filling included.
+        keys: tokens that each sees at most, those included.
+        read: tokens of each at which logits are made.
+    """
+
+    rows: int
+    new: int
+    keys: int
+    read: int
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """What runs of a model may hold: half of the memory that was free when it was made.
+
+    Attributes:
+        model: the model.
+        bytes: at most, beside the model itself.
+    """
+
+    model: TransformerBridge
+    bytes: float
+
+    @classmethod
+    def of(cls, model: TransformerBridge) -> "Budget":
+        """By what is free on the model's device now."""
+        return cls(model, SHARE * free_memory(next(model.parameters()).device))
+
+    def allows(self, size: Size, gradients: bool = False) -> bool:
+        """Whether a run fits, its backward pass included where there are gradients."""
+        return size.rows * size.new <= TOKENS_AT_ONCE and estimate(self.model, size, gradients) <= self.bytes
+
+
+def estimate(model: TransformerBridge, size: Size, gradients: bool = False) -> int:
+    """Bytes that a run holds at its peak, about: activations of one layer, or with gradients all, caches and logits."""
+    cfg, number = model.cfg, next(model.parameters()).element_size()
+    tokens = size.rows * size.new
+    stream = tokens * number * (12 * cfg.d_model + 6 * cfg.d_mlp)
+    # Attention, its mask and what its softmax keeps, the last in float32 at least.
+    patterns = 4 * max(number, 4) * tokens * size.keys * cfg.n_heads
+    width = cfg.d_head * (cfg.n_key_value_heads or cfg.n_heads)
+    # Of what was read before, and again together with what is new.
+    cache = 2 * 2 * number * size.rows * size.keys * width * cfg.n_layers
+    logits = 4 * max(number, 4) * size.rows * size.read * cfg.d_vocab
+    return int((cfg.n_layers if gradients else 1) * (stream + patterns) + cache + logits)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device: with the allocator's own reserve, and within what a container may take."""
+    if device.type == "cuda":
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + reserve)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return min(int(psutil.virtual_memory().available), _left_to_the_group())
+
+
+def _left_to_the_group(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a container may still take; more than any machine has where nothing says so."""
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no such file, or "max"
+        return 2**62
+
+
+def parted(starts: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Texts in groups of like length, so that tokens with filling, and what every run costs beside them, are least.
+
+    Args:
+        starts: number of tokens before those that are run, of each text.
+        lengths: number of tokens that are run, of each text.
+        limit: of columns, before and after; a text by itself is within it.
+
+    Returns:
+        Places of the texts, the shortest texts first, in each group in ascending order.
+    """
+    by_length: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(place)
+    distinct = sorted(by_length)
+    # Of the first so many lengths: the least cost, and where its last group begins.
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for stop in range(1, len(distinct) + 1):
+        costs, n, before = [], 0, 0
+        for first in range(stop - 1, -1, -1):
+            n += len(by_length[distinct[first]])
+            before = max(before, *(starts[place] for place in by_length[distinct[first]]))
+            if first == stop - 1 or before + distinct[stop - 1] <= limit:
+                costs.append((best[first][0] + TOKENS_PER_RUN + n * distinct[stop - 1], first))
+        best.append(min(costs))
+    groups, stop = [], len(distinct)
+    while stop:
+        first = best[stop][1]
+        groups.append(sorted(place for n in distinct[first:stop] for place in by_length[n]))
+        stop = first
+    return groups[::-1]
