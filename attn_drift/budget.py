@@ -1,7 +1,7 @@
 """How many texts are run at once: an estimate of what a run holds, and what is free."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -32,6 +32,12 @@ class Size:
     keys: int
     read: int
 
+    def joined(self, other: "Size") -> "Size":
+        """Of a run of the texts of both."""
+        return Size(
+            self.rows + other.rows, max(self.new, other.new), max(self.keys, other.keys), max(self.read, other.read)
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Budget:
@@ -52,7 +58,12 @@ class Budget:
 
     def allows(self, size: Size, gradients: bool = False) -> bool:
         """Whether a run fits, its backward pass included where there are gradients."""
-        return size.rows * size.new <= TOKENS_AT_ONCE and estimate(self.model, size, gradients) <= self.bytes
+        return size.rows <= self.most_rows(size, gradients)
+
+    def most_rows(self, size: Size, gradients: bool = False) -> int:
+        """How many rows of a size fit into a run, one at least."""
+        held = estimate(self.model, replace(size, rows=1), gradients)
+        return max(1, min(TOKENS_AT_ONCE // max(1, size.new), int(self.bytes / held)))
 
 
 def estimate(model: TransformerBridge, size: Size, gradients: bool = False) -> int:

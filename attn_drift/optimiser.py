@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.budget import Budget
 from attn_drift.history import EditHistory
-from attn_drift.passes import Deltas, Pass, Update, WholePass, Witness
+from attn_drift.passes import Deltas, Pass, RecomputedPass, Update, WholePass, Witness
 from attn_drift.restriction import LossTerm, Penalty
-from attn_drift.rewriting import IGNORED, RequestTexts, rewriting_batch, suffix_batches
+from attn_drift.rewriting import IGNORED, RequestTexts, rewriting_batch, size_of, suffix_batches
 
 # The updates by layer that would be written for given deltas, with their gradients.
 Writing = Callable[[Deltas], Mapping[int, Update]]
@@ -136,9 +137,10 @@ class Optimisation:
         config: ValueConfig,
         restriction: LossTerm | None,
         whole: bool,
+        budget: Budget,
     ) -> None:
         self.model, self.points, self.texts, self.config = model, points, texts, config
-        self.restriction, self.whole = restriction, whole
+        self.restriction, self.whole, self.budget = restriction, whole, budget
         weight = next(model.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32)
         shape = (len(texts), len(points), model.cfg.d_model)
@@ -150,8 +152,13 @@ class Optimisation:
         """Makes the passes of the requests that are present."""
         self.present = present
         texts = [self.texts[r] for r in present.tolist()]
-        batches = [rewriting_batch(self.model, texts)] if self.whole else suffix_batches(self.model, texts)
-        kind = WholePass if self.whole else Pass
+        kind: type[Pass] = WholePass
+        if self.whole:
+            batches = [rewriting_batch(self.model, texts)]
+        else:
+            batches = suffix_batches(self.model, texts, self.budget)
+            fits = self.budget.allows(size_of(texts, whole=False), gradients=True)
+            kind = Pass if fits else RecomputedPass
         self.passes = [
             kind(self.model, self.points, batch, self.restriction, lambda: self.delta[self.present])
             for batch in batches

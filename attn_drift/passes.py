@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Module
+from torch.utils.checkpoint import checkpoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.hooks import (
@@ -122,6 +123,14 @@ class Pass:
         if self.restriction is None:
             return Penalty(torch.zeros(self.batch.n_texts, dtype=self.dtype, device=self.batch.owner.device))
         return self.restriction.penalty(self.vanilla, self.restriction.observe(self.store, self.batch), self.batch)
+
+
+class RecomputedPass(Pass):
+    """The same for one of several that do not fit into memory together: what it held is computed again where needed."""
+
+    def run(self, edited: bool = True) -> Float[Tensor, "row target vocab"]:
+        logits: Tensor = checkpoint(super().run, edited, use_reentrant=False, preserve_rng_state=False)
+        return logits
 
 
 class WholePass(Pass):

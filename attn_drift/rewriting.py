@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.budget import parted
+from attn_drift.budget import Budget, Size, parted
 from attn_drift.requests import SLOT, EditRequest, check_contexts, fill, find_subject
 from attn_drift.tokens import Completion, TokenBatch, Tokens, align, encode, encode_completion, pad
 
@@ -127,22 +127,40 @@ def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts], ess
     return _batch(texts, rows, pad(model, [row.tokens for row in rows]), 0)
 
 
-def suffix_batches(model: TransformerBridge, texts: Sequence[RequestTexts]) -> list[RewritingBatch]:
+def suffix_batches(model: TransformerBridge, texts: Sequence[RequestTexts], budget: Budget) -> list[RewritingBatch]:
     """All texts of several requests in batches that begin at their subject-last tokens, aligned in one column.
 
     Nothing before that token changes while a value is optimised. Texts are parted by what follows it, so that the
-    tokens that are run, filling included, and what every batch costs beside them are least.
+    tokens that are run, filling included, and what every batch costs beside them are least; and further where a batch
+    does not fit into the budget.
     """
     batches = []
     all_rows = _rows(texts)
     before = [row.subject_last for row in all_rows]
     lengths = [len(row.tokens) - row.subject_last for row in all_rows]
     for group in parted(before, lengths, model.cfg.n_ctx):
-        rows = [all_rows[place] for place in group]
-        subject_last = [row.subject_last for row in rows]
-        tokens = align(model, [row.tokens for row in rows], subject_last)
-        batches.append(_batch(texts, rows, tokens, max(subject_last)))
+        most = budget.most_rows(_size([all_rows[place] for place in group], whole=False), gradients=True)
+        for first in range(0, len(group), most):
+            rows = [all_rows[place] for place in group[first : first + most]]
+            subject_last = [row.subject_last for row in rows]
+            tokens = align(model, [row.tokens for row in rows], subject_last)
+            batches.append(_batch(texts, rows, tokens, max(subject_last)))
     return batches
+
+
+def size_of(texts: Sequence[RequestTexts], whole: bool) -> Size:
+    """Of a run of all texts of some requests, whole or from their subject-last tokens on."""
+    return _size(_rows(texts), whole)
+
+
+def _size(rows: Sequence[_Row], whole: bool) -> Size:
+    before = [0 if whole else row.subject_last for row in rows]
+    return Size(
+        rows=len(rows),
+        new=max(len(row.tokens) - n for row, n in zip(rows, before, strict=True)),
+        keys=max(len(row.tokens) for row in rows),
+        read=max(len(row.tokens) if whole else len(row.completion.target) if row.completion else 1 for row in rows),
+    )
 
 
 def _batch(texts: Sequence[RequestTexts], rows: Sequence[_Row], tokens: TokenBatch, offset: int) -> RewritingBatch:

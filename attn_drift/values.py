@@ -7,13 +7,11 @@ import torch
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.budget import Budget, Size
 from attn_drift.optimiser import Optimisation, OptimisedValue, ValueConfig, WitnessedOptimisation, Writing
 from attn_drift.passes import Update, Witness
 from attn_drift.restriction import LossTerm
-from attn_drift.rewriting import RequestTexts
-
-# Logits of one step, in numbers: requests are optimised in groups that stay below it (one at least).
-LOGITS_AT_ONCE = 2**27
+from attn_drift.rewriting import RequestTexts, size_of
 
 
 def optimise_values(
@@ -27,20 +25,24 @@ def optimise_values(
 ) -> list[OptimisedValue]:
     """Optimises vectors that are added to the activations at ``points``, at the subject-last token, for each request.
 
-    Requests do not influence each other; they share batches only for speed. Tokens before the subject-last ones are run
-    once and cached, unless ``whole`` asks for whole texts at every step: the reference that this is tested against.
+    Requests do not influence each other; they share batches only for speed, as many as fit into memory. Tokens before
+    the subject-last ones are run once and cached, unless ``whole`` asks for whole texts at every step: the reference
+    that this is tested against.
 
     With ``writing``, the restriction looks at whole texts under the updates that it gives for the deltas of all
     requests, which then run together, not at the texts on which the deltas are optimised.
     """
     results: list[OptimisedValue] = []
     with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
-        for group in _alone(model, texts) if writing is None else [list(texts)]:
+        budget = Budget.of(model)
+        for group in _alone(budget, texts, whole) if writing is None else [list(texts)]:
             if writing is None or restriction is None:
-                optimisation = Optimisation(model, points, group, config, restriction, whole)
+                optimisation = Optimisation(model, points, group, config, restriction, whole, budget)
             else:
                 witness = Witness(model, group, restriction)
-                optimisation = WitnessedOptimisation(model, points, group, config, None, whole).by(witness, writing)
+                optimisation = WitnessedOptimisation(model, points, group, config, None, whole, budget).by(
+                    witness, writing
+                )
             results += optimisation.run()
             progress.update(len(group))
     return results
@@ -51,7 +53,7 @@ def restricted_by_updates(
 ) -> list[float]:
     """The weighted restriction term of each request under low-rank updates, on whole texts."""
     found: list[float] = []
-    for group in _alone(model, texts):
+    for group in _alone(Budget.of(model), texts, True):
         own = slice(len(found), len(found) + len(group))
         seen = {
             layer: (keys[own], values[own]) if keys.ndim == 3 else (keys, values)
@@ -61,25 +63,25 @@ def restricted_by_updates(
     return found
 
 
-def groups(model: TransformerBridge, units: Sequence[Sequence[RequestTexts]]) -> Iterator[list[Sequence[RequestTexts]]]:
-    """Consecutive units, each of requests that belong together, whose padded texts stay within ``LOGITS_AT_ONCE``."""
+def groups(
+    budget: Budget, units: Sequence[Sequence[RequestTexts]], whole: bool
+) -> Iterator[list[Sequence[RequestTexts]]]:
+    """Consecutive units, each of requests that belong together, whose texts fit into a run (one unit at least)."""
     group: list[Sequence[RequestTexts]] = []
-    rows = width = 0
+    size = nothing = Size(0, 0, 0, 0)
     for unit in units:
-        texts = [text.completion.tokens for request in unit for text in request.rewriting]
-        longest = max(len(tokens) for tokens in [*texts, *(request.essence for request in unit)])
-        size = len(texts) + len(unit)
-        if group and (rows + size) * max(width, longest) * model.cfg.d_vocab > LOGITS_AT_ONCE:
+        own = size_of(unit, whole)
+        if group and not budget.allows(size.joined(own), gradients=True):
             yield group
-            group, rows, width = [], 0, 0
+            group, size = [], nothing
         group.append(unit)
-        rows, width = rows + size, max(width, longest)
+        size = size.joined(own)
     yield group
 
 
-def _alone(model: TransformerBridge, texts: Sequence[RequestTexts]) -> Iterator[list[RequestTexts]]:
+def _alone(budget: Budget, texts: Sequence[RequestTexts], whole: bool) -> Iterator[list[RequestTexts]]:
     """`groups` of requests that do not belong together."""
-    for group in groups(model, [[request] for request in texts]):
+    for group in groups(budget, [[request] for request in texts], whole):
         yield [request for unit in group for request in unit]
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.budget import Budget
 from attn_drift.editors.presets import preset
 from attn_drift.editors.shared import Lengths, check_batches, finished, texts_of, warn_of_explosion, with_results
 from attn_drift.editors.spread import Directions, Site, Spread
@@ -143,7 +144,7 @@ def edit_batches(
     updates: list[dict[int, LowRankUpdate]] = []
     histories: list[EditHistory] = []
     # Where a restriction looks at the updates of a batch, all its values are optimised at once.
-    chunks = [grouped] if config.restricted == "value" else groups(model, grouped)
+    chunks = [grouped] if config.restricted == "value" else groups(Budget.of(model), grouped, whole=True)
     with nullcontext() if after is None else after.applied(model):
         for chunk in chunks:
             spread = Spread(model, chunk, config.layers, directions, config.site)
