@@ -18,6 +18,9 @@ from attn_drift.prefixes import Prefixes, Suffixes
 from attn_drift.shortcuts import fused, replaced
 from attn_drift.tokens import Completion, own_tokenizer
 
+# What texts begin with is read once where that spares as many tokens: less is not worth a run of its own.
+WORTH = 32
+
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -190,7 +193,8 @@ class _Reading:
         stretches: list[_Stretch] = []
         for _, of_edit in groupby(rows, lambda row: id(row.edit)):
             own = list(of_edit)
-            tree, base = TokenTree.of([row.ids for row in own], [bool(row.openings) for row in own]), len(stretches)
+            tree = TokenTree.of([row.ids for row in own], [bool(row.openings) for row in own], WORTH)
+            base = len(stretches)
             names = {place: row.text for row, leaf in zip(own, tree.leaves, strict=True) for place in tree.path(leaf)}
             for place, node in enumerate(tree.nodes):
                 parent = None if node.parent is None else base + node.parent

@@ -4,9 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-# A part is shared where that spares as many tokens: less is not worth a run of its own.
-WORTH = 16
-
 Ids = tuple[int, ...]
 
 
@@ -46,7 +43,7 @@ class TokenTree:
     leaves: tuple[int, ...]
 
     @classmethod
-    def of(cls, sequences: Sequence[Ids], ending: Sequence[bool], worth: int = WORTH) -> "TokenTree":
+    def of(cls, sequences: Sequence[Ids], ending: Sequence[bool], worth: int) -> "TokenTree":
         """The tree of different sequences.
 
         Args:

@@ -191,8 +191,8 @@ def small_prose(architecture: str, bos: bool) -> list[tuple[str, str, str | None
 def test_prose_equals_one_text_at_a_time(architecture: str, bos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LENGTH", 10)
     model, edits, consistency = bridge(architecture, bos=bos), edits_of(architecture), Consistency(CORPUS)
-    for model.tokenizer.padding_side, rows in (("left", 256), ("right", 1)):
-        monkeypatch.setattr("analysis.generation.ROWS_AT_ONCE", rows)
+    for model.tokenizer.padding_side, tokens in (("left", 2**14), ("right", 1)):
+        monkeypatch.setattr("attn_drift.budget.TOKENS_AT_ONCE", tokens)
         assert_prose(prose(model, CASES, edits, consistency=consistency).frame, small_prose(architecture, bos))
     order = [3, 1, 0, 4, 2]
     frame = prose(model, [CASES[i] for i in order], [edits[i] for i in order], consistency=consistency).frame
@@ -253,11 +253,9 @@ def test_perplexity_equals_one_text_at_a_time(architecture: str, bos: bool, dtyp
             ids = reference.ids(text)
             losses = [-reference.log_probs(ids[:i], ids[i : i + 1])[0][0] for i in range(1, len(ids))]
             expected.append((case.case_id, text, sum(losses), len(ids) - 1))
-    for model.tokenizer.padding_side, rows in (("right", 256), ("left", 256), ("right", 1)):
-        if architecture == "llama" and dtype == torch.float64 and model.tokenizer.padding_side == "left":
-            continue
+    for model.tokenizer.padding_side, tokens in (("right", 2**14), ("left", 2**14), ("right", 1)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("analysis.specificity.ROWS_AT_ONCE", rows)
+            patch.setattr("attn_drift.budget.TOKENS_AT_ONCE", tokens)
             scores = perplexity(model, CASES[:3], edits_of(architecture)[:3], PPL_TEXTS)
         for found, (case, text, loss, n) in zip(scores.frame.to_dict("records"), expected, strict=True):
             assert (found["case"], found["task"], found["text"], found["weight"]) == (case, "PPL", text, n)

@@ -18,10 +18,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import attn_drift as ad
-from analysis import generation
 from analysis.answers import continuations
-from analysis.generation import Opening
+from analysis.generation import Opening, continued
+from attn_drift import budget
 from attn_drift.models import down_projection
+from attn_drift.prefixes import Prefixes, Suffixes
 from attn_drift.tokens import Tokens, encode
 
 Make = Callable[..., TransformerBridge]
@@ -159,15 +160,15 @@ def alone(architecture: str, request: Request) -> str:
 @given(
     architecture=st.sampled_from(ARCHITECTURES),
     requests=st.lists(st.sampled_from(POOL), max_size=10),
-    rows=st.sampled_from([1, 2, 3, 256]),
-    cached=st.sampled_from([1, 2**13, 2**30]),
+    tokens=st.sampled_from([1, 20, 2**14]),
+    free=st.sampled_from([0, 2**18, 2**33]),
 )
 @settings(max_examples=10, deadline=None)
-def test_company_changes_nothing(architecture: str, requests: list[Request], rows: int, cached: int) -> None:
+def test_company_changes_nothing(architecture: str, requests: list[Request], tokens: int, free: int) -> None:
     model = bridge(architecture)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "ROWS_AT_ONCE", rows)
-        patch.setattr(generation, "CACHED_AT_ONCE", cached)
+        patch.setattr(budget, "TOKENS_AT_ONCE", tokens)
+        patch.setattr(budget, "free_memory", lambda device: free)
         together = continuations(model, [opening(model, architecture, request) for request in requests])
     assert together == [alone(architecture, request) for request in requests]
 
@@ -177,7 +178,12 @@ def test_samples_follow_the_five_most_probable_tokens() -> None:
     model, reference = bridge("gpt2"), plain("gpt2", torch.float32, False, None)
     tokens = encode(model, "Ada Bellini plays the")
     rows = [Opening(None, tokens, 2, seed) for seed in range(4000)]
-    drawn = [tuple(ids) for ids in generation._generate(model, rows).tolist()]
+    read = Prefixes.read(model, [tokens.text], [tokens.ids[:-1]])
+    last = Suffixes.of(model, [tokens.ids[-1:]])
+    with torch.no_grad():
+        logits, read = read.extended(model, last, last.last)
+    same = [0] * len(rows)
+    drawn = [tuple(ids) for ids in continued(model, read.picked(same), logits[same, 0], rows)]
 
     def fits(counts: Counter[int], ids: list[int]) -> float:
         logits = reference.logits(ids)
@@ -201,42 +207,29 @@ def test_samples_follow_the_five_most_probable_tokens() -> None:
         assert fits(seconds, [*tokens.ids, common]) > 0.01
 
 
-HARMFUL = GenerationConfig(
-    repetition_penalty=50.0,
-    no_repeat_ngram_size=1,
-    eos_token_id=list(range(300)),
-    forced_eos_token_id=307,
-    suppress_tokens=list(range(200)),
-    begin_suppress_tokens=list(range(100)),
-    min_new_tokens=20,
-    max_length=3,
-    do_sample=True,
-    temperature=9.0,
-    top_k=1,
-    num_beams=2,
-    use_cache=False,
-    return_dict_in_generate=True,
-)
-
-
-def test_own_generation_settings_take_no_part_and_come_back() -> None:
+def test_own_generation_settings_take_no_part() -> None:
+    """Penalties and end tokens that a checkpoint comes with would change what is said."""
     model = bridge("gpt2")
     hf, openings = model.original_model, [opening(model, "gpt2", request) for request in REQUESTS]
     texts, own = continuations(model, openings), hf.generation_config
-    hf.generation_config = HARMFUL
+    hf.generation_config = GenerationConfig(repetition_penalty=50.0, eos_token_id=list(range(300)), temperature=9.0)
     try:
-        before = HARMFUL.to_dict()
         assert continuations(model, openings) == texts
-        assert hf.generation_config is HARMFUL and HARMFUL.to_dict() == before
-        update = edit_of("gpt2", 0).updates[1]
-        broken = ad.Edit({1: ad.LowRankUpdate(update.keys * float("inf"), update.values)}, (), "x", "x")
-        huge = ad.Edit({1: ad.LowRankUpdate(update.keys * 1e30, update.values * 1e30)}, (), "x", "x")
-        for edit, error in ((broken, ValueError), (huge, FloatingPointError)):
-            with pytest.raises(error, match="not finite"):
-                continuations(model, [openings[0], Opening(edit, openings[0].tokens, 5)])
-            assert hf.generation_config is HARMFUL and n_hooks(model) == 0
     finally:
         hf.generation_config = own
+
+
+def test_broken_edits_are_named_and_leave_nothing() -> None:
+    model = bridge("gpt2")
+    openings = [opening(model, "gpt2", request) for request in REQUESTS]
+    texts = continuations(model, openings)
+    update = edit_of("gpt2", 0).updates[1]
+    broken = ad.Edit({1: ad.LowRankUpdate(update.keys * float("inf"), update.values)}, (), "x", "x")
+    huge = ad.Edit({1: ad.LowRankUpdate(update.keys * 1e30, update.values * 1e30)}, (), "x", "x")
+    for edit, error in ((broken, ValueError), (huge, FloatingPointError)):
+        with pytest.raises(error, match="not finite"):
+            continuations(model, [openings[0], Opening(edit, openings[0].tokens, 5)])
+        assert n_hooks(model) == 0 and not any("forward" in vars(module) for module in model.modules())
     assert continuations(model, openings) == texts
 
 
@@ -245,7 +238,7 @@ def test_nan_is_named(make_model: Make, architecture: str, seed: int | None) -> 
     model = make_model(architecture)
     with torch.no_grad():
         down_projection(model, 1)[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="logits that are not finite while continuing"):
+    with pytest.raises(FloatingPointError, match="logits that are not finite on 'Ada'"):
         continuations(model, [Opening(None, encode(model, "Ada"), 3, seed)])
 
 

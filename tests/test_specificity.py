@@ -119,24 +119,19 @@ def edits_of(architecture: str) -> list[ad.Edit | None]:
     return [None if edit is None else edit_of(architecture, edit) for edit in EDITS]
 
 
-def set_batches(patch: pytest.MonkeyPatch, rows: int = 256, logits: int = 2**26) -> None:
-    patch.setattr("analysis.specificity.ROWS_AT_ONCE", rows)
-    patch.setattr("analysis.generation.ROWS_AT_ONCE", rows)
-    patch.setattr("analysis.specificity.LOGITS_AT_ONCE", logits)
+def set_batches(patch: pytest.MonkeyPatch, tokens: int = 2**14, free: int = 2**33) -> None:
+    patch.setattr("attn_drift.budget.TOKENS_AT_ONCE", tokens)
+    patch.setattr("attn_drift.budget.free_memory", lambda device: free)
 
 
 @pytest.mark.parametrize(
     ("bos", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.float64)], ids=str
 )
 def test_scores_equal_one_text_at_a_time(architecture: str, bos: bool, dtype: torch.dtype) -> None:
-    """Texts of three edits and of none share batches, padded on either side."""
+    """Texts of three edits and of none share batches, on either side of whose texts Llama in float64 gives NaN."""
     model, rows = bridge(architecture, dtype, bos), small_rows(architecture, dtype, bos)
     assert {row["argmax"] for row in rows} | {row.get("success") for row in rows} == {True, False, None}
     for model.tokenizer.padding_side in ("left", "right"):
-        if architecture == "llama" and dtype == torch.float64 and model.tokenizer.padding_side == "left":
-            with pytest.raises(FloatingPointError, match="padding_side = 'right'"):  # NaN in Hugging Face itself
-                score(model, CASES, edits_of(architecture))
-            continue
         # In float64 the others take their softmax in float32.
         exact = architecture == "gpt2" and dtype == torch.float64
         assert_rows(score(model, CASES, edits_of(architecture)).frame, rows, 1e-12 if exact else 1e-5)
@@ -176,18 +171,20 @@ def test_demo_scores_equal_one_text_at_a_time(demo: TransformerBridge) -> None:
 @given(
     architecture=st.sampled_from(ARCHITECTURES),
     order=st.permutations(range(len(CASES))),
-    rows=st.sampled_from([1, 2, 5, 256]),
-    logits=st.sampled_from([1, 2**13, 2**26]),
+    tokens=st.sampled_from([1, 30, 100, 2**14]),
+    free=st.sampled_from([0, 2**18, 2**33]),
+    worth=st.sampled_from([1, 4, 2**30]),
     side=st.sampled_from(["left", "right"]),
 )
 @settings(max_examples=5, deadline=None)
 def test_batches_padding_and_order_change_nothing(
-    architecture: str, order: list[int], rows: int, logits: int, side: str
+    architecture: str, order: list[int], tokens: int, free: int, worth: int, side: str
 ) -> None:
     model, edits = bridge(architecture), edits_of(architecture)
     model.tokenizer.padding_side = side
     with pytest.MonkeyPatch.context() as patch:
-        set_batches(patch, rows, logits)
+        set_batches(patch, tokens, free)
+        patch.setattr("analysis.answers.WORTH", worth)
         frame = score(model, [CASES[i] for i in order], [edits[i] for i in order]).frame
     expected = small_rows(architecture, torch.float32, False)
     assert_rows(frame, [row for i in order for row in expected if row["case"] == CASES[i].case_id], 1e-5)
@@ -196,8 +193,8 @@ def test_batches_padding_and_order_change_nothing(
 def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, edits = bridge("gpt2", torch.float64), edits_of("gpt2")
     whole = score(model, CASES, edits).frame
-    for rows, logits in ((1, 2**26), (256, 1)):
-        set_batches(monkeypatch, rows, logits)
+    for tokens, free in ((1, 2**33), (2**14, 0)):
+        set_batches(monkeypatch, tokens, free)
         pd.testing.assert_frame_equal(whole, score(model, CASES, edits).frame, rtol=0, atol=1e-12)
 
 
