@@ -14,6 +14,8 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
+from analysis.answers import Answer, Question, ask
+from analysis.generation import Opening
 from analysis.methods import Supplies, parse_methods
 from analysis.scores import Scores
 from analysis.specificity import score
@@ -101,8 +103,21 @@ def part(worker: Worker, cases: Sequence[Case], plain: bool) -> pd.DataFrame:
 @contextmanager
 def one_text_at_a_time() -> Iterator[None]:
     """A block in which every text is scored, and every continuation made, in runs of its own."""
-    with patch("analysis.specificity.ROWS_AT_ONCE", 1), patch("analysis.generation.ROWS_AT_ONCE", 1):
+    with patch("analysis.specificity.ask", _ask_alone), patch("analysis.answers.ask", _ask_alone):
         yield
+
+
+def _ask_alone(
+    model: TransformerBridge, questions: Sequence[Question], openings: Sequence[Opening]
+) -> tuple[list[Answer], list[str]]:
+    """`ask`, one by one; one-token objects after one text share a run, as in any version."""
+    same: dict[tuple[Edit | None, tuple[int, ...]], list[int]] = {}
+    for i, question in enumerate(questions):
+        same.setdefault((question.edit, question.completion.tokens.ids), []).append(i)
+    answers = {}
+    for places in same.values():
+        answers |= dict(zip(places, ask(model, [questions[i] for i in places], [])[0], strict=True))
+    return [answers[i] for i in range(len(questions))], [ask(model, [], [opening])[1][0] for opening in openings]
 
 
 @contextmanager
