@@ -92,12 +92,12 @@ def continued(
 def _drawn(logits: Float[Tensor, "text vocab"], noise: Float[Tensor, "text rank"]) -> Int[Tensor, " text"]:
     """A sample of the most probable tokens, by the Gumbel-max trick."""
     top = logits.topk(TOP_K, dim=1)
-    return top.indices.gather(1, (top.values + noise).argmax(1, keepdim=True))[:, 0]
+    return top.indices.gather(1, (top.values.to(noise.dtype) + noise).argmax(1, keepdim=True))[:, 0]
 
 
 def _noise(seed: int | None, steps: int) -> Float[Tensor, "step rank"]:
     """Gumbel noise for every step and rank; zero without a seed."""
     if seed is None:
-        return torch.zeros(steps, TOP_K, dtype=torch.float64)
+        return torch.zeros(steps, TOP_K)
     uniform = torch.rand(steps, TOP_K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
+    return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12))).float()

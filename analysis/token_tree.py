@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 Ids = tuple[int, ...]
 
@@ -13,20 +13,13 @@ class Node:
 
     Attributes:
         parent: place of the node before it.
-        level: number of nodes before it.
         start: number of tokens before it.
         ids: its tokens.
     """
 
     parent: int | None
-    level: int
     start: int
     ids: Ids
-
-    @property
-    def stop(self) -> int:
-        """Number of tokens up to its end."""
-        return self.start + len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -35,8 +28,8 @@ class TokenTree:
 
     Attributes:
         nodes: parents before their children.
-        leaves: for each sequence the place of the last node that it needs. The sequence ends with it if that was asked
-            for; otherwise a longer one may go on there.
+        leaves: for each sequence the place of a node whose path begins with it. The sequence ends with it if that was
+            asked for; otherwise a longer one may go on there.
     """
 
     nodes: tuple[Node, ...]
@@ -52,12 +45,18 @@ class TokenTree:
             worth: how many tokens a shared node must spare.
         """
         order = sorted(range(len(sequences)), key=sequences.__getitem__)
-        rows = [sequences[i] for i in order]
+        # What another one goes on from needs no node of its own: sorted, that one follows.
+        needed = [
+            i
+            for i, after in zip_longest(order, order[1:])
+            if ending[i] or after is None or sequences[after][: len(sequences[i])] != sequences[i]
+        ]
+        rows = [sequences[i] for i in needed]
         nodes: list[Node] = []
-        leaves: list[int | None] = [None] * len(rows)
+        leaves = [-1] * len(rows)
 
         def add(parent: int | None, start: int, ids: Ids) -> int:
-            nodes.append(Node(parent, 0 if parent is None else nodes[parent].level + 1, start, ids))
+            nodes.append(Node(parent, start, ids))
             return len(nodes) - 1
 
         # Rows that agree up to `known`; the node before them ends at `start`.
@@ -73,16 +72,15 @@ class TokenTree:
                 stop = _shared(first, rows[part[-1]])
                 ends = len(first) == stop
                 node = parent, start
-                if (len(part) - 1) * (stop - start) >= worth or (ends and ending[order[part[0]]]):
+                if ends or (len(part) - 1) * (stop - start) >= worth:
                     node = add(parent, start, first[start:stop]), stop
                     if ends:
                         leaves[part[0]] = node[0]
                 open_groups.append((part[1:] if ends else part, *node, stop))
-        # A row without a node of its own ends within the next one, which begins with it.
-        for i in range(len(rows) - 2, -1, -1):
-            leaves[i] = leaves[i + 1] if leaves[i] is None else leaves[i]
-        found = dict(zip(order, leaves, strict=True))
-        return cls(tuple(nodes), tuple(leaf for i in range(len(rows)) if (leaf := found[i]) is not None))
+        found, leaf = dict(zip(needed, leaves, strict=True)), -1
+        for i in reversed(order):
+            leaf = found.setdefault(i, leaf)
+        return cls(tuple(nodes), tuple(found[i] for i in range(len(sequences))))
 
     def path(self, place: int) -> Iterator[int]:
         """A node and those before it, backwards."""

@@ -15,6 +15,12 @@ TOKENS_AT_ONCE = 2**14
 # What a run costs beside its tokens, in tokens.
 TOKENS_PER_RUN = 400
 
+# Where Linux tells what a container may hold: the limit, what is used, and the row of memory.stat for cached files.
+GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
 
 @dataclass(frozen=True)
 class Size:
@@ -87,16 +93,18 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] + reserve)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return min(int(psutil.virtual_memory().available), _left_to_the_group())
+    return min(int(psutil.virtual_memory().available), *(_left_to_the_group(*files) for files in GROUPS))
 
 
-def _left_to_the_group(folder: Path = Path("/sys/fs/cgroup")) -> int:
+def _left_to_the_group(folder: Path, limit: str, used: str, cached: str) -> int:
     """Bytes that a container may still take; more than any machine has where nothing says so."""
     try:
-        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return int(limit) - int(used)
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such file, or "max"
         return 2**62
+    # Files that are kept as long as nothing else needs the room count as used.
+    return left + int(stat.get(cached, 0))
 
 
 def parted(starts: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:

@@ -49,7 +49,13 @@ class Prefixes:
 
     @classmethod
     def together(cls, parts: Sequence["Prefixes"]) -> "Prefixes":
-        """Several, one after the other."""
+        """Several, one after the other.
+
+        Raises:
+            ValueError: of some nothing was read.
+        """
+        if not all(part.cache.layers for part in parts):
+            raise ValueError("nothing was read of some of the texts; read their first tokens before joining them")
         width = max(part.mask.shape[1] for part in parts)
         filling = [width - part.mask.shape[1] for part in parts]
         joined = copy(parts[0].cache)
@@ -77,7 +83,7 @@ class Prefixes:
     def run_on(
         self, model: TransformerBridge, suffixes: "Suffixes", columns: Int[Tensor, "text read"]
     ) -> tuple[Float[Tensor, "text read vocab"], DynamicCache]:
-        """Runs the tokens that follow.
+        """Runs the tokens that follow. The longest text and the columns that follow must fit the context together.
 
         Args:
             model: the model.
@@ -90,9 +96,8 @@ class Prefixes:
         Raises:
             FloatingPointError: the logits at a token are NaN or infinite.
         """
-        place = self.mask.sum(1, keepdim=True) + torch.arange(suffixes.ids.shape[1], device=self.mask.device)
         # Filling behind a text sees itself, and nothing sees it: what sees nothing becomes NaN in float64.
-        visible = torch.cat([self.mask, place < model.cfg.n_ctx], dim=1).long()
+        visible = torch.cat([self.mask, torch.ones_like(suffixes.mask)], dim=1).long()
         fork = _changed(self.cache, lambda kept: kept)
         options = {"attention_mask": visible, "past_key_values": fork, "return_type": "logits"}
         with attached(model, [gathering(columns)]):

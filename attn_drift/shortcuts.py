@@ -58,7 +58,8 @@ class Constants:
             if _is_constant(output):
                 outputs[module] = (output, [part._version for part in _tensors(output)])
 
-        handles = [module.register_forward_hook(keep) for module in components(self.model)]
+        # Before other hooks, which act again on what is put in place.
+        handles = [module.register_forward_hook(keep, prepend=True) for module in components(self.model)]
         try:
             yield
         finally:

@@ -75,14 +75,14 @@ def _of_model(lab: Lab, what: str, size: int, layers: int, width: int) -> Iterat
 
 
 def figure(rows: pd.DataFrame) -> go.Figure:
-    """A panel for everything that grows; the median time of each size, both axes logarithmic.
+    """A panel for everything that grows, with the median time of each size, from zero; tokens on linear axes.
 
     Args:
         rows: of `growth`, with the columns what, size, path and seconds.
     """
     typical = rows.groupby(["what", "size", "path"], sort=False)["seconds"].median().reset_index()
     panels = list(dict.fromkeys(typical["what"]))
-    drawn = make_subplots(rows=1, cols=len(panels), shared_yaxes=True, subplot_titles=panels)
+    drawn = make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
     for column, what in enumerate(panels, start=1):
         for path, colour in zip(("fast", "plain"), COLOURS[2:0:-1], strict=True):
             own = typical[(typical["what"] == what) & (typical["path"] == path)]
@@ -90,8 +90,9 @@ def figure(rows: pd.DataFrame) -> go.Figure:
             shown = {"mode": "lines+markers", "line": {"color": colour}}
             drawn.add_scatter(x=own["size"], y=1000 * own["seconds"], row=1, col=column, **named, **shown)
         sizes = typical.loc[typical["what"] == what, "size"].unique()
-        drawn.update_xaxes(type="log", tickvals=sizes, ticktext=sizes.astype(str), row=1, col=column)
-    drawn.update_yaxes(type="log", dtick=1)
+        scale = "linear" if what.startswith("tokens") else "log"
+        drawn.update_xaxes(type=scale, tickvals=sizes, ticktext=sizes.astype(str), row=1, col=column)
+    drawn.update_yaxes(rangemode="tozero")
     drawn.update_yaxes(title_text="ms per step and edit", row=1, col=1)
     drawn.update_layout(title="Time of a SADR step: the fast path, and whole texts at every step", template=TEMPLATE)
     return drawn

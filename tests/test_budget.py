@@ -1,0 +1,152 @@
+"""How texts are parted, and what a run is said to hold."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import n_hooks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import ARCHITECTURES, N_CTX, VOCAB, WINDOWED
+from test_generation import bridge
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift import budget
+from attn_drift.budget import Budget, Size, _left_to_the_group, estimate, free_memory, parted
+from attn_drift.hooks import adding, attached, value_point
+from attn_drift.prefixes import Prefixes, Suffixes
+from attn_drift.shortcuts import fused, replaced
+
+Make = Callable[..., TransformerBridge]
+# Of texts: tokens before, tokens that are run.
+Texts = list[tuple[int, int]]
+
+LIMIT = 20
+texts_of = st.lists(
+    st.integers(1, LIMIT).flatmap(lambda length: st.tuples(st.integers(0, LIMIT - length), st.just(length))), max_size=6
+)
+prices = st.integers(0, 20)
+
+
+def columns(group: Sequence[int], texts: Texts) -> int:
+    return max(texts[i][0] for i in group) + max(texts[i][1] for i in group)
+
+
+def cost(groups: Sequence[Sequence[int]], texts: Texts, price: int) -> int:
+    return sum(price + len(group) * max(texts[i][1] for i in group) for group in groups)
+
+
+def divided(places: list[int]) -> Iterator[list[list[int]]]:
+    """All ways to put places into groups."""
+    if not places:
+        yield []
+        return
+    for groups in divided(places[1:]):
+        yield [[places[0]], *groups]
+        for i, group in enumerate(groups):
+            yield [*groups[:i], [places[0], *group], *groups[i + 1 :]]
+
+
+@given(texts_of, prices)
+@settings(deadline=None)
+def test_no_other_groups_cost_less(texts: Texts, price: int) -> None:
+    """Every place is in one group, no group is wider than the limit, and all ways to do that cost as much or more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "TOKENS_PER_RUN", price)
+        groups = parted([start for start, _ in texts], [length for _, length in texts], LIMIT)
+    assert sorted(place for group in groups for place in group) == list(range(len(texts)))
+    ways = [way for way in divided(list(range(len(texts)))) if all(columns(group, texts) <= LIMIT for group in way)]
+    assert groups == [sorted(group) for group in groups] and sorted(map(sorted, groups)) in [
+        sorted(map(sorted, way)) for way in ways
+    ]
+    assert cost(groups, texts, price) == min(cost(way, texts, price) for way in ways)
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 500)), min_size=1, max_size=60))
+def test_groups_cost_no_more_than_one_or_one_for_each_length(texts: Texts) -> None:
+    lengths = [length for _, length in texts]
+    groups = parted([start for start, _ in texts], lengths, 1000)
+    of_each = [[i for i, other in enumerate(lengths) if other == length] for length in set(lengths)]
+    best = cost(groups, texts, budget.TOKENS_PER_RUN)
+    assert best <= cost([range(len(texts))], texts, budget.TOKENS_PER_RUN)
+    assert best <= cost(of_each, texts, budget.TOKENS_PER_RUN)
+    assert [max(lengths[i] for i in group) for group in groups] == sorted({max(lengths[i] for i in g) for g in groups})
+
+
+def saved(model: TransformerBridge, size: Size) -> int:
+    """Bytes that a run keeps for its backward pass, weights left out, a vector added in the first layer."""
+    rows = [[1 + (i + j) % (VOCAB - 1) for j in range(size.keys)] for i in range(size.rows)]
+    n, names = size.keys - size.new, [""] * size.rows
+    prefixes = Prefixes.read(model, names, [row[:n] for row in rows]) if n else Prefixes.none(model, names)
+    suffixes = Suffixes.of(model, [row[n:] for row in rows])
+    read = torch.arange(size.read).expand(size.rows, size.read)
+    delta = torch.zeros(size.rows, model.cfg.d_model, requires_grad=True)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.original_model.parameters()}
+    # Held, so that no address is given out twice.
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    add = adding(value_point(0), torch.zeros(size.rows, dtype=torch.long), lambda: delta)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with attached(model, [add]), replaced(fused(model)):
+            logits, _ = prefixes.run_on(model, suffixes, read)
+        logits.log_softmax(-1).sum()
+    assert n_hooks(model) == 0
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+
+
+SIZES = [Size(3, 8, 20, 2), Size(4, 40, 40, 1), Size(2, 10, 60, 10), Size(40, 5, 15, 2)]
+
+
+def check_estimate(model: TransformerBridge, size: Size) -> None:
+    for weight in model.original_model.parameters():
+        weight.requires_grad_(False)
+    held = saved(model, size)
+    assert held <= estimate(model, size, gradients=True) <= 7.5 * held
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *WINDOWED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_a_run_keeps_is_estimated(make_model: Make, kind: str, dtype: torch.dtype, size: Size) -> None:
+    """Not too low, and not so high that memory lies idle."""
+    assert size.keys <= N_CTX
+    check_estimate(make_model(kind, dtype), size)
+
+
+@pytest.mark.parametrize("size", [*SIZES, Size(8, 100, 300, 4)], ids=str)
+def test_what_the_demo_model_keeps_is_estimated(demo: TransformerBridge, size: Size) -> None:
+    check_estimate(demo, size)
+
+
+@given(st.integers(1, 2**15), st.integers(0, 2**12), st.integers(1, 64), st.floats(0, 2**40), st.booleans())
+def test_one_row_is_always_allowed(new: int, before: int, read: int, room: float, gradients: bool) -> None:
+    model = bridge("gpt2")
+    size = Size(1, new, before + new, read)
+    most = Budget(model, room).most_rows(size, gradients)
+    assert most >= 1 and Budget(model, room).allows(size, gradients)
+    assert most == 1 or (most * new <= budget.TOKENS_AT_ONCE and most * estimate(model, size, gradients) <= room)
+
+
+def test_free_memory_of_the_cpu() -> None:
+    assert 0 < free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+def test_a_limit_of_the_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not files that are only cached, which give way."""
+    files = (tmp_path, "memory.max", "memory.current", "inactive_file")
+    assert _left_to_the_group(*files) > 2**60
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    (tmp_path / "memory.stat").write_text("anon 50\ninactive_file 300\nactive_file 20\n")
+    assert _left_to_the_group(*files) == 900
+    monkeypatch.setattr(budget, "GROUPS", (files,))
+    assert free_memory(torch.device("cpu")) == 900
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _left_to_the_group(*files) > 2**60
