@@ -3,18 +3,16 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.edit_files import EditFile, StoredEdit
 from attn_drift.history import EditHistory
-from attn_drift.hooks import attached, updating
+from attn_drift.hooks import Hook, attached, updating
 from attn_drift.models import check_layer, down_projection, fingerprint
 from attn_drift.requests import EditRequest
 from attn_drift.weights import LowRankUpdate, WrittenLayer, WrittenModel, concatenated, identities, written
@@ -79,7 +77,10 @@ class Edit:
         self.check_fits(model)
         self.check_not_written(model)
         self.warn_of_another_model(model, identities(model))
-        hooks = [hook for layer, update in self.updates.items() for hook in updating(layer, update.keys, update.values)]
+        hooks: list[Hook] = []
+        for layer, update in self.updates.items():
+            here = update.to(down_projection(model, layer).device)
+            hooks += updating(layer, here.keys, here.values)
         with attached(model, hooks):
             yield
 
@@ -280,25 +281,17 @@ def check_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> None:
 @contextmanager
 def attached_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> Iterator[None]:
     """`applied_to_rows` for edits that were checked, so that many runs need not check them again."""
-    layers = sorted({layer for edit in edits if edit is not None for layer in edit.updates})
-    with ExitStack() as stack:
-        for layer in layers:
-            keys, values = _stacked(layer, edits)
-            stack.enter_context(attached(model, updating(layer, keys, values)))
+    given = list(dict.fromkeys(edit for edit in edits if edit is not None))
+    hooks: list[Hook] = []
+    for layer in sorted({layer for edit in given for layer in edit.updates}):
+        present = [edit for edit in given if layer in edit.updates]
+        device = down_projection(model, layer).device
+        update = concatenated([edit.updates[layer].to(device) for edit in present])
+        ranks = torch.tensor([edit.updates[layer].rank for edit in present])
+        # Of each rank, and of each text, the edit; -1 where a text has none of these.
+        place = {edit: i for i, edit in enumerate(present)}
+        of_rank = torch.arange(len(present)).repeat_interleave(ranks)
+        of_text = torch.tensor([-1 if edit is None else place.get(edit, -1) for edit in edits])
+        hooks += updating(layer, update.keys, update.values, (of_text[:, None] == of_rank).to(device))
+    with attached(model, hooks):
         yield
-
-
-def _stacked(
-    layer: int, edits: Sequence[Edit | None]
-) -> tuple[Float[Tensor, "text rank d_mlp"], Float[Tensor, "text rank d_model"]]:
-    """The updates of one layer, a row each, missing ranks filled with zeros."""
-    updates = [edit.updates.get(layer) if edit is not None else None for edit in edits]
-    present = [update for update in updates if update is not None]
-    rank = max(update.rank for update in present)
-    keys = present[0].keys.new_zeros(len(edits), rank, present[0].keys.shape[1])
-    values = present[0].values.new_zeros(len(edits), rank, present[0].values.shape[1])
-    for row, update in enumerate(updates):
-        if update is not None:
-            keys[row, : update.rank] = update.keys
-            values[row, : update.rank] = update.values
-    return keys, values

@@ -120,25 +120,29 @@ def adding(point: str, columns: Int[Tensor, " text"], vectors: Callable[[], Floa
 
 
 def updating(
-    layer: int, keys: Float[Tensor, "*text rank d_mlp"], values: Float[Tensor, "*text rank d_model"]
+    layer: int,
+    keys: Float[Tensor, "rank d_mlp"],
+    values: Float[Tensor, "rank d_model"],
+    owned: Bool[Tensor, "text rank"] | None = None,
 ) -> list[Hook]:
     """Hooks that make the down-projection of ``layer`` return ``v + (k @ keys.T) @ values``.
 
-    With a leading axis, each text of the batch has an update of its own.
+    With ``owned``, each text of the batch is changed by its own ranks alone.
     """
     seen: list[Tensor] = []
-    shape = "text rank" if keys.ndim == 3 else "rank"
 
     def read(key: Tensor, hook: Any) -> None:
-        if keys.ndim == 3 and len(key) != len(keys):
-            raise ValueError(f"the batch has {len(key)} texts, but updates were applied for {len(keys)}")
+        if owned is not None and len(key) != len(owned):
+            raise ValueError(f"the batch has {len(key)} texts, but updates were applied for {len(owned)}")
         seen[:] = [key]
 
     def write(value: Tensor, hook: Any) -> Tensor:
         dtype = torch.promote_types(value.dtype, keys.dtype)
         ks, vs = keys.to(value.device, dtype), values.to(value.device, dtype)
-        match = einsum(seen.pop().to(dtype), ks, f"text pos d_mlp, {shape} d_mlp -> text pos rank")
-        change = einsum(match, vs, f"text pos rank, {shape} d_model -> text pos d_model")
+        match = einsum(seen.pop().to(dtype), ks, "text pos d_mlp, rank d_mlp -> text pos rank")
+        if owned is not None:
+            match = match.masked_fill(~owned[:, None].to(match.device), 0)
+        change = einsum(match, vs, "text pos rank, rank d_model -> text pos d_model")
         return (value + change).to(value.dtype)
 
     return [(key_point(layer), read), (value_point(layer), write)]
@@ -228,8 +232,8 @@ def check_logits(
     names: Sequence[str],
 ) -> None:
     """Raises a FloatingPointError that names the text if logits are not finite where ``real`` is set."""
-    # The final norm and the unembedding spread whatever is not finite over the whole vocabulary.
-    broken = (~torch.isfinite(logits[:, :, 0]) & real).any(1)
+    # The greatest is NaN where one is.
+    broken = (~torch.isfinite(logits.amax(-1)) & real).any(1)
     if broken.any():
         raise _not_finite(model, "logits", names[int(broken.nonzero()[0, 0])])
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
@@ -24,8 +25,21 @@ from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewritin
 from attn_drift.shortcuts import Constants, Forward, fused, replaced
 
 Deltas = Float[Tensor, "request site d_model"]
-# Keys and values of a low-rank update, shared by all requests, or with a leading axis of requests.
-Update = tuple[Float[Tensor, "*request rank d_mlp"], Float[Tensor, "*request rank d_model"]]
+
+
+@dataclass(frozen=True, eq=False)
+class SeenUpdate:
+    """A low-rank update of one layer, and which of its ranks are in effect for each request."""
+
+    keys: Float[Tensor, "rank d_mlp"]
+    values: Float[Tensor, "rank d_model"]
+    seen: Bool[Tensor, "request rank"]
+
+    def of(self, requests: Int[Tensor, " own"]) -> "SeenUpdate":
+        """As some of the requests see it, in any order and number; ranks that none of them sees are left out."""
+        seen = self.seen[requests.to(self.seen.device)]
+        ranks = seen.any(0)
+        return SeenUpdate(self.keys[ranks], self.values[ranks], seen[:, ranks])
 
 
 class Pass:
@@ -152,22 +166,21 @@ class Witness:
         with torch.no_grad():
             self.vanilla = self._observe({})
 
-    def _observe(self, updates: Mapping[int, Update]) -> Any:
+    def _observe(self, updates: Mapping[int, SeenUpdate]) -> Any:
         store: dict[str, Tensor] = {}
         hooks = reading(self.restriction.points, store)
-        for layer, (keys, values) in updates.items():
-            several = keys.ndim == 3
-            rows = (keys[self.batch.owner], values[self.batch.owner]) if several else (keys, values)
-            hooks += updating(layer, *rows)
+        for layer, update in updates.items():
+            rows = update.of(self.batch.owner)
+            hooks += updating(layer, rows.keys, rows.values, rows.seen)
         with attached(self.model, hooks):
             run(self.model, self.batch.tokens)
         return self.restriction.observe(store, self.batch)
 
-    def penalty(self, updates: Mapping[int, Update]) -> Penalty:
+    def penalty(self, updates: Mapping[int, SeenUpdate]) -> Penalty:
         """The restriction's under updates, gradients kept."""
         return self.restriction.penalty(self.vanilla, self._observe(updates), self.batch)
 
-    def mean_loss(self, updates: Mapping[int, Update]) -> Float[Tensor, " request"]:
+    def mean_loss(self, updates: Mapping[int, SeenUpdate]) -> Float[Tensor, " request"]:
         """The weighted term of each request under updates."""
         with torch.no_grad():
             loss = self.penalty(updates).loss

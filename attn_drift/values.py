@@ -9,7 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget, Size
 from attn_drift.optimiser import Optimisation, OptimisedValue, ValueConfig, WitnessedOptimisation, Writing
-from attn_drift.passes import Update, Witness
+from attn_drift.passes import SeenUpdate, Witness
 from attn_drift.restriction import LossTerm
 from attn_drift.rewriting import RequestTexts, size_of
 
@@ -49,16 +49,13 @@ def optimise_values(
 
 
 def restricted_by_updates(
-    model: TransformerBridge, texts: Sequence[RequestTexts], restriction: LossTerm, updates: Mapping[int, Update]
+    model: TransformerBridge, texts: Sequence[RequestTexts], restriction: LossTerm, updates: Mapping[int, SeenUpdate]
 ) -> list[float]:
     """The weighted restriction term of each request under low-rank updates, on whole texts."""
     found: list[float] = []
     for group in _alone(Budget.of(model), texts, True):
-        own = slice(len(found), len(found) + len(group))
-        seen = {
-            layer: (keys[own], values[own]) if keys.ndim == 3 else (keys, values)
-            for layer, (keys, values) in updates.items()
-        }
+        own = torch.arange(len(found), len(found) + len(group))
+        seen = {layer: update.of(own) for layer, update in updates.items()}
         found += Witness(model, group, restriction).mean_loss(seen).tolist()
     return found
 

@@ -34,6 +34,10 @@ class LowRankUpdate:
     def __repr__(self) -> str:
         return f"LowRankUpdate(rank {self.rank}, {self.keys.shape[1]} -> {self.values.shape[1]})"
 
+    def to(self, device: torch.device) -> "LowRankUpdate":
+        """What is added, on a device; the keys that are served stay where they are."""
+        return LowRankUpdate(self.keys.to(device), self.values.to(device), self.served)
+
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of the weight ``W``, where ``v = k @ W``."""
         return self.keys.T @ self.values

@@ -27,12 +27,13 @@ from attn_drift.hooks import key_point, value_point
 from attn_drift.models import check_finite, check_layer, check_model, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
 from attn_drift.optimiser import ValueConfig
+from attn_drift.passes import SeenUpdate
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
 from attn_drift.rewriting import RequestTexts
 from attn_drift.sampling import ROME_LENGTHS
 from attn_drift.values import optimise_values
-from attn_drift.weights import LowRankUpdate
+from attn_drift.weights import LowRankUpdate, concatenated
 
 log = logging.getLogger(__name__)
 
@@ -168,8 +169,9 @@ def rome(
     values = optimise_values(model, [value_point(config.layer)], texts, config, term)
     weights = [_direction(model, config, request, factored) for request in texts]
     updates = [_update(weight, value.delta) for weight, value in zip(weights, values, strict=True)]
-    seen = {config.layer: (torch.stack([u.keys for u in updates]), torch.stack([u.values for u in updates]))}
-    histories = with_results(model, texts, values, term, seen)
+    every = concatenated(updates)
+    seen = SeenUpdate(every.keys, every.values, torch.eye(len(updates), dtype=torch.bool))
+    histories = with_results(model, texts, values, term, {config.layer: seen})
     batches, by_layer = [[request] for request in several], [{config.layer: update} for update in updates]
     edits = finished(model, config.editor, config, restrict, batches, by_layer, histories)
     for edit in edits:

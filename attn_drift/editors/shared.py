@@ -16,7 +16,7 @@ from attn_drift.hooks import read
 from attn_drift.models import down_projection, fingerprint
 from attn_drift.moments import SecondMoment
 from attn_drift.optimiser import OptimisedValue, ValueConfig
-from attn_drift.passes import Update
+from attn_drift.passes import SeenUpdate
 from attn_drift.requests import SLOT, EditRequest
 from attn_drift.restriction import LossTerm, Restriction
 from attn_drift.rewriting import RequestTexts, RewritingText, request_texts
@@ -98,7 +98,7 @@ def with_results(
     texts: Sequence[RequestTexts],
     values: Sequence[OptimisedValue],
     term: LossTerm | None,
-    updates: Mapping[int, Update],
+    updates: Mapping[int, SeenUpdate],
 ) -> list[EditHistory]:
     """The histories of all requests, with what the restriction comes to under the updates as they are written."""
     histories = [value.history for value in values]

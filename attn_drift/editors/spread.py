@@ -16,9 +16,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.shared import at_subjects
-from attn_drift.hooks import attached, key_point, updating
+from attn_drift.hooks import Hook, attached, key_point, updating
 from attn_drift.models import float64_device
-from attn_drift.passes import Deltas, Update
+from attn_drift.passes import Deltas, SeenUpdate
 from attn_drift.rewriting import RequestTexts, RewritingText
 from attn_drift.weights import LowRankUpdate
 
@@ -140,7 +140,7 @@ class Spread:
             for own in self._members()
         ]
 
-    def by_request(self, found: Mapping[int, LayerUpdate]) -> dict[int, Update]:
+    def by_request(self, found: Mapping[int, LayerUpdate]) -> dict[int, SeenUpdate]:
         """The updates as each request sees them."""
         return self._seen_by(found, self.request_batch)
 
@@ -148,22 +148,10 @@ class Spread:
         """The columns of each batch."""
         return [(self.batch == b).nonzero()[:, 0] for b in range(self.n_batches)]
 
-    def _seen_by(self, found: Mapping[int, LayerUpdate], batch: Int[Tensor, " row"]) -> dict[int, Update]:
-        """The updates of each row's own batch; without an axis of rows where all rows have the same."""
-        if self.n_batches == 1:
-            return {layer: (update.directions, update.residuals) for layer, update in found.items()}
-        members = self._members()
-        rank = max(len(own) for own in members)
-        index = torch.stack([torch.cat([own, own[:1].expand(rank - len(own))]) for own in members])
-        present: Bool[Tensor, "batch rank"]
-        present = torch.arange(rank, device=index.device) < torch.tensor([[len(own)] for own in members]).to(index)
-        return {
-            layer: (
-                (update.directions[index] * present[..., None].to(update.directions))[batch],
-                (update.residuals[index] * present[..., None].to(update.residuals))[batch],
-            )
-            for layer, update in found.items()
-        }
+    def _seen_by(self, found: Mapping[int, LayerUpdate], batch: Int[Tensor, " row"]) -> dict[int, SeenUpdate]:
+        """The updates of each row's own batch."""
+        seen = batch[:, None] == self.batch
+        return {layer: SeenUpdate(update.directions, update.residuals, seen) for layer, update in found.items()}
 
     def _read(
         self, layer: int, found: Mapping[int, LayerUpdate]
@@ -171,10 +159,13 @@ class Spread:
         """Keys of ``layer`` in all texts, and the site's activation in the context-free ones, under updates."""
         points = [key_point(layer), self.site.point]
         read: list[list[Tensor]] = []
+        seen = self._seen_by(found, self.row_batch)
         for start in range(0, len(self.rows), ROWS_AT_ONCE):
             own = slice(start, start + ROWS_AT_ONCE)
-            seen = self._seen_by(found, self.row_batch[own])
-            hooks = [h for done, (keys, values) in seen.items() for h in updating(done, keys.detach(), values.detach())]
+            hooks: list[Hook] = []
+            for done, update in seen.items():
+                rows = update.of(torch.arange(len(self.rows))[own])
+                hooks += updating(done, rows.keys.detach(), rows.values.detach(), rows.seen)
             with attached(self.model, hooks):
                 read.append(at_subjects(self.model, points, self.rows[own], self.layers[-1] + 1))
         keys, site = (torch.cat([part[i] for part in read]).to(self.alone.device) for i in range(2))
