@@ -40,9 +40,8 @@ class Size:
 
     def joined(self, other: "Size") -> "Size":
         """Of a run of the texts of both."""
-        return Size(
-            self.rows + other.rows, max(self.new, other.new), max(self.keys, other.keys), max(self.read, other.read)
-        )
+        new, before = max(self.new, other.new), max(self.keys - self.new, other.keys - other.new)
+        return Size(self.rows + other.rows, new, before + new, max(self.read, other.read))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +51,17 @@ class Budget:
     Attributes:
         model: the model.
         bytes: at most, beside the model itself.
+        restricted: whether a restriction looks at runs with gradients.
     """
 
     model: TransformerBridge
     bytes: float
+    restricted: bool = False
 
     @classmethod
-    def of(cls, model: TransformerBridge) -> "Budget":
+    def of(cls, model: TransformerBridge, restricted: bool = False) -> "Budget":
         """By what is free on the model's device now."""
-        return cls(model, SHARE * free_memory(next(model.parameters()).device))
+        return cls(model, SHARE * free_memory(next(model.parameters()).device), restricted)
 
     def allows(self, size: Size, gradients: bool = False) -> bool:
         """Whether a run fits, its backward pass included where there are gradients."""
@@ -68,20 +69,27 @@ class Budget:
 
     def most_rows(self, size: Size, gradients: bool = False) -> int:
         """How many rows of a size fit into a run, one at least."""
-        held = estimate(self.model, replace(size, rows=1), gradients)
-        return max(1, min(TOKENS_AT_ONCE // max(1, size.new), int(self.bytes / held)))
+        held = estimate(self.model, replace(size, rows=1), gradients, gradients and self.restricted)
+        return max(1, min(TOKENS_AT_ONCE // max(1, size.new), int(self.bytes / max(1, held))))
 
 
-def estimate(model: TransformerBridge, size: Size, gradients: bool = False) -> int:
-    """Bytes that a run holds at its peak, about: activations of one layer, or with gradients all, caches and logits."""
+def estimate(model: TransformerBridge, size: Size, gradients: bool = False, restricted: bool = False) -> int:
+    """Bytes that a run holds at its peak, about: activations of one layer, or with gradients all, caches and logits.
+
+    Args:
+        model: the model.
+        size: of the run.
+        gradients: whether it is kept for a backward pass.
+        restricted: whether a divergence of all rows of all patterns is kept for it, too.
+    """
     cfg, number = model.cfg, next(model.parameters()).element_size()
     tokens = size.rows * size.new
     stream = tokens * number * (12 * cfg.d_model + 6 * cfg.d_mlp)
-    # Attention, its mask and what its softmax keeps, the last in float32 at least.
-    patterns = 4 * max(number, 4) * tokens * size.keys * cfg.n_heads
+    # Attention, its mask and what its softmax keeps, the last in float32 at least; what a divergence keeps.
+    patterns = (12 if restricted else 4) * max(number, 4) * tokens * size.keys * cfg.n_heads
     width = cfg.d_head * (cfg.n_key_value_heads or cfg.n_heads)
-    # Of what was read before, and again together with what is new.
-    cache = 2 * 2 * number * size.rows * size.keys * width * cfg.n_layers
+    # Of what was read before, again together with what is new, and of the texts that go on.
+    cache = 3 * 2 * number * size.rows * size.keys * width * cfg.n_layers
     logits = 4 * max(number, 4) * size.rows * size.read * cfg.d_vocab
     return int((cfg.n_layers if gradients else 1) * (stream + patterns) + cache + logits)
 
@@ -92,7 +100,7 @@ def free_memory(device: torch.device) -> int:
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + reserve)
     if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     return min(int(psutil.virtual_memory().available), *(_left_to_the_group(*files) for files in GROUPS))
 
 

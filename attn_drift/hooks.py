@@ -232,8 +232,9 @@ def check_logits(
     names: Sequence[str],
 ) -> None:
     """Raises a FloatingPointError that names the text if logits are not finite where ``real`` is set."""
-    # The greatest is NaN where one is.
-    broken = (~torch.isfinite(logits.amax(-1)) & real).any(1)
+    # The least and the greatest are NaN where one is.
+    finite = torch.isfinite(logits.amin(-1)) & torch.isfinite(logits.amax(-1))
+    broken = (~finite & real).any(1)
     if broken.any():
         raise _not_finite(model, "logits", names[int(broken.nonzero()[0, 0])])
 

@@ -8,7 +8,9 @@ vectors at several sites (PMET), delta and v0 have a row for each, and the decay
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget
 from attn_drift.history import EditHistory
-from attn_drift.passes import Deltas, Pass, RecomputedPass, SeenUpdate, WholePass, Witness
+from attn_drift.passes import Deltas, Pass, RecomputedPass, SeenUpdate, SuffixPass, WholePass, Witness
 from attn_drift.restriction import LossTerm, Penalty
 from attn_drift.rewriting import IGNORED, RequestTexts, rewriting_batch, size_of, suffix_batches
 
@@ -146,22 +148,25 @@ class Optimisation:
         shape = (len(texts), len(points), model.cfg.d_model)
         self.delta = torch.zeros(shape, dtype=dtype, device=weight.device, requires_grad=True)
         self.nll_weight = torch.ones(len(texts), dtype=dtype, device=weight.device)
+        self.essence: Float[Tensor, "request vocab"] | None = None
         self._take(torch.arange(len(texts), device=weight.device))
 
     def _take(self, present: Int[Tensor, " present"]) -> None:
         """Makes the passes of the requests that are present."""
         self.present = present
         texts = [self.texts[r] for r in present.tolist()]
-        kind: type[Pass] = WholePass
+        delta = self.delta
+        self.passes: list[Pass] = []  # what the old ones hold is free before new ones are made
+        make: Callable[..., Pass] = WholePass
         if self.whole:
             batches = [rewriting_batch(self.model, texts)]
         else:
             batches = suffix_batches(self.model, texts, self.budget)
             fits = self.budget.allows(size_of(texts, whole=False), gradients=True)
-            kind = Pass if fits else RecomputedPass
+            make = partial(SuffixPass if fits else RecomputedPass, budget=self.budget)
+        # Nothing in a pass leads back here: a cycle would keep all it holds until it is collected.
         self.passes = [
-            kind(self.model, self.points, batch, self.restriction, lambda: self.delta[self.present])
-            for batch in batches
+            make(self.model, self.points, batch, self.restriction, lambda: delta[present]) for batch in batches
         ]
         # Of all texts together, in the order of their places.
         self.text_order = torch.cat([batch.place[: batch.n_texts] for batch in batches]).argsort()
@@ -177,10 +182,7 @@ class Optimisation:
         selected: list[Tensor] = []
         lengths = torch.zeros(len(self.delta), dtype=torch.long)
         for step in range(self.config.steps):
-            logits = [part.run() for part in self.passes]
-            if step == 0:
-                self._record_vanilla(logits)
-            terms = self._terms(logits)
+            terms = self._terms()
             columns.append(self._of_all(terms.columns()))
             if terms.selected is not None:
                 selected.append(self._of_all(terms.selected.cpu()))
@@ -214,20 +216,12 @@ class Optimisation:
             with torch.no_grad():
                 for part in self.passes:
                     part.run(edited=False)
-                    part.record_vanilla()
 
-    def _record_vanilla(self, logits: list[Tensor]) -> None:
-        for part in self.passes:
-            part.record_vanilla()
-        values = torch.cat([part.values() for part in self.passes])[self.text_order]
+    def _record_vanilla(self) -> None:
+        values = torch.cat([part.values for part in self.passes])[self.text_order]
         # The first text of every request is context-free.
         self.v0: Deltas = values[self.member.int().argmax(1)]
         self.v0_norm = self.v0.norm(dim=2)
-        self.essence = self._essence(logits).detach()
-
-    def _essence(self, logits: list[Tensor]) -> Float[Tensor, "present vocab"]:
-        found = [part.essence_log_probs(part_logits) for part, part_logits in zip(self.passes, logits, strict=True)]
-        return torch.cat(found)[self.essence_order]
 
     def _together(self, per_part: Sequence[Tensor]) -> Tensor:
         """Of all rewriting texts, in the order of their places: ``[text ...]``."""
@@ -240,21 +234,27 @@ class Optimisation:
         averaged: Tensor = torch.tensordot(shares, per_text, dims=1)
         return averaged
 
-    def _penalty(self) -> Penalty:
+    def _penalty(self, observed: Sequence[Any]) -> Penalty:
         """The restriction's, of all rewriting texts."""
-        penalties = [part.penalty() for part in self.passes]
+        penalties = [part.penalty(of_part) for part, of_part in zip(self.passes, observed, strict=True)]
         selected = [penalty.selected for penalty in penalties if penalty.selected is not None]
         losses = self._together([penalty.loss for penalty in penalties])
         return Penalty(losses, self._together(selected) if selected else None)
 
-    def _terms(self, logits: list[Tensor]) -> _Terms:
+    def _terms(self) -> _Terms:
+        """Runs the passes."""
         config, own = self.config, self.present
-        targets = [part.target(part_logits) for part, part_logits in zip(self.passes, logits, strict=True)]
+        ran = [(part, *part.run()) for part in self.passes]
+        targets = [part.target(logits) for part, logits, _ in ran]
+        now = torch.cat([part.essence_log_probs(logits) for part, logits, _ in ran])[self.essence_order]
+        if self.essence is None:
+            self.essence = now.detach()
+            self._record_vanilla()
         nll = self._together([loss for loss, _ in targets])
         missed = self._mean_per_request(self._together([~first for _, first in targets]).to(nll.dtype))
         n_tokens = self._together([(part.batch.target != IGNORED).sum(1) for part in self.passes])
-        penalty = self._penalty()
-        before, now = self.essence[own], self._essence(logits)
+        penalty = self._penalty([observed for *_, observed in ran])
+        before = self.essence[own]
         sizes = self.delta[own].norm(dim=2) / self.v0_norm[own].square()
         return _Terms(
             nll=self.nll_weight[own] * self._mean_per_request(nll),
@@ -292,11 +292,21 @@ class Optimisation:
 class WitnessedOptimisation(Optimisation):
     """An optimisation whose restriction looks at the updates that the deltas of all requests come to."""
 
-    def by(self, witness: Witness, writing: Writing) -> "WitnessedOptimisation":
-        self.witness, self.writing = witness, writing
-        return self
+    def __init__(
+        self,
+        model: TransformerBridge,
+        points: Sequence[str],
+        texts: Sequence[RequestTexts],
+        config: ValueConfig,
+        restriction: LossTerm,
+        writing: Writing,
+        whole: bool,
+        budget: Budget,
+    ) -> None:
+        super().__init__(model, points, texts, config, None, whole, budget)
+        self.witness, self.writing = Witness(model, texts, restriction), writing
 
-    def _penalty(self) -> Penalty:
+    def _penalty(self, observed: Sequence[Any]) -> Penalty:
         return self.witness.penalty(self.writing(self.delta))
 
     def _leave(self, active: Bool[Tensor, " request"]) -> None:

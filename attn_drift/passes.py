@@ -1,5 +1,6 @@
 """Runs of rewriting texts while values are optimised: what is read, what is added, what a restriction sees."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,13 +13,8 @@ from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.hooks import (
-    adding,
-    attached,
-    reading,
-    run,
-    updating,
-)
+from attn_drift.budget import Budget
+from attn_drift.hooks import adding, attached, reading, run, updating
 from attn_drift.prefixes import Prefixes, Suffixes
 from attn_drift.restriction import LossTerm, Penalty
 from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch
@@ -42,12 +38,17 @@ class SeenUpdate:
         return SeenUpdate(self.keys[ranks], self.values[ranks], seen[:, ranks])
 
 
-class Pass:
-    """A batch of texts that is run together, and its share of the loss.
+class Pass(ABC):
+    """A batch of texts that is run together, and its share of the loss. Logits are made only where a loss reads them.
 
-    What does not change from step to step is computed once: what stands before the batch's offset, the layers below the
-    first vector that is optimised, and what its own layer does before it. Logits are made only where a loss reads them.
+    The first run is of the vanilla model: deltas are zero then, or left out.
+
+    Attributes:
+        values: at each site and the subject-last tokens of the rewriting texts, as the first run found them.
+        vanilla: what the restriction keeps of the first run; None without one.
     """
+
+    values: Float[Tensor, "text site d_model"]
 
     def __init__(
         self,
@@ -61,30 +62,22 @@ class Pass:
         # Essence texts have nothing to restrict.
         self.restriction = restriction if batch.n_texts else None
         self.dtype = deltas().dtype
-        self.store: dict[str, Tensor] = {}
-        read = [*points, *([] if self.restriction is None else self.restriction.points)]
-        columns = batch.subject_last - batch.offset
+        self.vanilla: Any = None
+        self.has_run = False
+        subjects = batch.subject_last - batch.offset
 
         def vectors_of(site: int) -> Callable[[], Float[Tensor, "text d_model"]]:
             return lambda: deltas()[batch.owner, site]
 
-        # Reading comes before adding, so that the stored values are the vanilla ones.
-        self.reading = reading(read, self.store)
-        self.adding = [adding(point, columns, vectors_of(site)) for site, point in enumerate(points)]
+        self.adding = [adding(point, subjects, vectors_of(site)) for site, point in enumerate(points)]
         self.columns = self._columns()
-        names = [row.text for row in batch.tokens.rows]
-        lengths = (batch.offset - batch.tokens.starts).tolist()
-        if batch.offset:
-            read_once = [row.ids[:n] for row, n in zip(batch.tokens.rows, lengths, strict=True)]
-            self.prefixes = Prefixes.read(model, names, read_once)
-        else:
-            self.prefixes = Prefixes.none(model, names)
-        self.suffixes = Suffixes(batch.tokens.ids[:, batch.offset :], batch.tokens.mask[:, batch.offset :])
-        self.fused: Mapping[Module, Forward] | None = None
-        self.constants: Constants | None = None
 
-    def _columns(self) -> Tensor:
-        """Where logits are read, ``[row target]``: at the target's places, and at the subject of essence texts."""
+    @abstractmethod
+    def _logits(self, edited: bool) -> Float[Tensor, "row target vocab"]:
+        """Runs the texts, hooks being attached, and returns the logits at ``columns``."""
+
+    def _columns(self) -> Int[Tensor, "row target"]:
+        """Where logits are read: at the target's places, and at the subject of essence texts."""
         batch = self.batch
         last = torch.cat([batch.prompt_last, batch.subject_last[batch.n_texts :]]) - batch.offset
         width = batch.tokens.ids.shape[1] - batch.offset
@@ -92,32 +85,25 @@ class Pass:
         steps = steps * (torch.arange(len(last), device=last.device) < batch.n_texts)[:, None]
         return (last[:, None] + steps).clamp(max=width - 1)
 
-    def run(self, edited: bool = True) -> Float[Tensor, "row target vocab"]:
-        """The logits at ``columns``, with deltas or without; activations go to ``store``."""
-        with attached(self.model, [*self.reading, *(self.adding if edited else ())]):
-            if self.fused is None:
-                self.fused = fused(self.model)
-            with replaced(self.fused), self._constant() if edited else nullcontext():
-                return self.prefixes.run_on(self.model, self.suffixes, self.columns)[0]
+    def run(self, edited: bool = True) -> tuple[Float[Tensor, "row target vocab"], Any]:
+        """The logits at ``columns``, with deltas or without, and what the restriction observes (None without one)."""
+        store: dict[str, Tensor] = {}
+        points = [*self.points, *([] if self.restriction is None else self.restriction.points)]
+        # Reading comes before adding, so that the stored values are the vanilla ones.
+        with attached(self.model, [*reading(points, store), *(self.adding if edited else ())]):
+            logits = self._logits(edited)
+        if not self.has_run:
+            self._keep({point: activation.detach() for point, activation in store.items()})
+        return logits, None if self.restriction is None else self.restriction.observe(store, self.batch)
 
-    def _constant(self) -> AbstractContextManager[None]:
-        if self.constants is not None:
-            return self.constants.put()
-        self.constants = Constants(self.model)
-        return self.constants.recorded()
-
-    def record_vanilla(self) -> None:
-        """Keeps what the restriction compares with, of the run just made."""
-        if self.restriction is not None:
-            read = {point: self.store[point].detach() for point in self.restriction.points}
-            self.vanilla = self.restriction.observe(read, self.batch)
-
-    def values(self) -> Float[Tensor, "text site d_model"]:
-        """Of the run just made: the values at the subject-last tokens of the rewriting texts, before delta."""
-        batch = self.batch
+    def _keep(self, store: dict[str, Tensor]) -> None:
+        """What later runs are compared with."""
+        batch, self.has_run = self.batch, True
         rows = torch.arange(batch.n_texts, device=batch.owner.device)
-        stored = torch.stack([self.store[point].detach().to(rows.device) for point in self.points], dim=2)
-        return stored[rows, batch.subject_last[: batch.n_texts] - batch.offset].to(self.dtype)
+        stored = torch.stack([store[point].to(rows.device) for point in self.points], dim=2)
+        self.values = stored[rows, batch.subject_last[: batch.n_texts] - batch.offset].to(self.dtype)
+        if self.restriction is not None:
+            self.vanilla = self.restriction.observe(store, batch)
 
     def target(self, logits: Tensor) -> tuple[Float[Tensor, " text"], Bool[Tensor, " text"]]:
         """Negative log-probability of the target, averaged over its tokens, and whether all are the first choice."""
@@ -132,29 +118,65 @@ class Pass:
         """Of the essence texts in the batch, at their subject-last tokens."""
         return logits[self.batch.n_texts :, 0].to(self.dtype).log_softmax(-1)
 
-    def penalty(self) -> Penalty:
-        """The restriction's, of the run just made."""
+    def penalty(self, observed: Any) -> Penalty:
+        """The restriction's, of what it observed."""
         if self.restriction is None:
             return Penalty(torch.zeros(self.batch.n_texts, dtype=self.dtype, device=self.batch.owner.device))
-        return self.restriction.penalty(self.vanilla, self.restriction.observe(self.store, self.batch), self.batch)
-
-
-class RecomputedPass(Pass):
-    """The same for one of several that do not fit into memory together: what it held is computed again where needed."""
-
-    def run(self, edited: bool = True) -> Float[Tensor, "row target vocab"]:
-        logits: Tensor = checkpoint(super().run, edited, use_reentrant=False, preserve_rng_state=False)
-        return logits
+        return self.restriction.penalty(self.vanilla, observed, self.batch)
 
 
 class WholePass(Pass):
-    """The same over whole texts, everything computed anew at every step: the reference for the other."""
+    """Whole texts, everything computed anew at every step: the reference that `SuffixPass` is tested against."""
 
-    def run(self, edited: bool = True) -> Float[Tensor, "row target vocab"]:
-        batch, hooks = self.batch, [*self.reading, *(self.adding if edited else ())]
-        with attached(self.model, hooks):
-            logits = run(self.model, batch.tokens)
+    def _logits(self, edited: bool) -> Float[Tensor, "row target vocab"]:
+        logits = run(self.model, self.batch.tokens)
         return logits[torch.arange(len(logits), device=logits.device)[:, None], self.columns]
+
+
+class SuffixPass(Pass):
+    """What does not change from step to step is computed once.
+
+    That is what stands before the batch's offset, the layers below the first vector that is optimised, and what its own
+    layer does before it.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        points: Sequence[str],
+        batch: RewritingBatch,
+        restriction: LossTerm | None,
+        deltas: Callable[[], Deltas],
+        budget: Budget,
+    ) -> None:
+        super().__init__(model, points, batch, restriction, deltas)
+        names, lengths = [row.text for row in batch.tokens.rows], (batch.offset - batch.tokens.starts).tolist()
+        before = [row.ids[:n] for row, n in zip(batch.tokens.rows, lengths, strict=True)]
+        self.prefixes = Prefixes.read(model, names, before, budget)
+        self.suffixes = Suffixes(batch.tokens.ids[:, batch.offset :], batch.tokens.mask[:, batch.offset :])
+        self.fused: Mapping[Module, Forward] | None = None
+        self.constants: Constants | None = None
+
+    def _logits(self, edited: bool) -> Float[Tensor, "row target vocab"]:
+        if self.fused is None:
+            # Hooks decide what can be fused: those of the pass are attached now.
+            self.fused = fused(self.model)
+        with replaced(self.fused), self._constant() if edited else nullcontext():
+            return self.prefixes.run_on(self.model, self.suffixes, self.columns)[0]
+
+    def _constant(self) -> AbstractContextManager[None]:
+        if self.constants is not None:
+            return self.constants.put()
+        self.constants = Constants(self.model)
+        return self.constants.recorded()
+
+
+class RecomputedPass(SuffixPass):
+    """The same for one of several that do not fit into memory together: what it held is computed again where needed."""
+
+    def run(self, edited: bool = True) -> tuple[Float[Tensor, "row target vocab"], Any]:
+        ran: tuple[Tensor, Any] = checkpoint(super().run, edited, use_reentrant=False, preserve_rng_state=False)
+        return ran
 
 
 class Witness:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
+from attn_drift.budget import Budget, Size
 from attn_drift.hooks import attached, check_logits, gathering
 
 
@@ -40,35 +41,47 @@ class Prefixes:
         return cls(tuple(names), torch.zeros(len(names), 0, dtype=torch.bool, device=device), DynamicCache())
 
     @classmethod
-    def read(cls, model: TransformerBridge, names: Sequence[str], rows: Sequence[Sequence[int]]) -> "Prefixes":
-        """Texts of which the tokens in ``rows`` were read, without gradients."""
-        nothing = cls.none(model, names)
-        suffixes = Suffixes.of(model, rows)
-        with torch.no_grad():
-            return nothing.extended(model, suffixes, suffixes.last[:, :0])[1]
+    def read(
+        cls, model: TransformerBridge, names: Sequence[str], rows: Sequence[Sequence[int]], budget: Budget
+    ) -> "Prefixes":
+        """Texts of which the tokens in ``rows`` were read, without gradients, as many at once as fit into memory."""
+        longest = max(map(len, rows))
+        most, parts = budget.most_rows(Size(1, longest, longest, 0)), list[Prefixes]()
+        for first in range(0, len(rows), most):
+            own = rows[first : first + most]
+            part = cls.none(model, names[first : first + most])
+            if any(own):
+                suffixes = Suffixes.of(model, own)
+                with torch.no_grad():
+                    part = part.extended(model, suffixes, suffixes.last[:, :0])[1]
+            parts.append(part)
+        return cls.together(parts)
 
     @classmethod
     def together(cls, parts: Sequence["Prefixes"]) -> "Prefixes":
-        """Several, one after the other.
-
-        Raises:
-            ValueError: of some nothing was read.
-        """
-        if not all(part.cache.layers for part in parts):
-            raise ValueError("nothing was read of some of the texts; read their first tokens before joining them")
+        """Several, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
         width = max(part.mask.shape[1] for part in parts)
-        filling = [width - part.mask.shape[1] for part in parts]
-        joined = copy(parts[0].cache)
-        joined.layers = [copy(layer) for layer in joined.layers]
+        names = tuple(name for part in parts for name in part.names)
+        mask = torch.cat([pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts])
+        read = next((part.cache for part in parts if part.cache.layers), None)
+        if read is None:
+            return cls(names, mask, DynamicCache())
+        joined = _changed(read, lambda kept: kept)
         for i, layer in enumerate(joined.layers):
-            own = [(part.cache.layers[i], before) for part, before in zip(parts, filling, strict=True)]
-            layer.keys = torch.cat([pad(other.keys, (0, 0, before, 0)) for other, before in own])
-            layer.values = torch.cat([pad(other.values, (0, 0, before, 0)) for other, before in own])
-        return cls(
-            tuple(name for part in parts for name in part.names),
-            torch.cat([pad(part.mask, (before, 0)) for part, before in zip(parts, filling, strict=True)]),
-            joined,
-        )
+            own = [part._of_layer(i, read, width) for part in parts]
+            layer.keys, layer.values = (torch.cat(kept) for kept in zip(*own, strict=True))
+        return cls(names, mask, joined)
+
+    def _of_layer(self, i: int, like: DynamicCache, width: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, ``[text head pos d_head]``, filled up to a width; zero where nothing was read."""
+        if not self.cache.layers:
+            one = like.layers[i].keys[:1, :, :1]
+            nothing = torch.zeros_like(one).expand(len(self.names), -1, width, -1)
+            return nothing, nothing
+        layer, before = self.cache.layers[i], width - self.mask.shape[1]
+        return pad(layer.keys, (0, 0, before, 0)), pad(layer.values, (0, 0, before, 0))
 
     def picked(self, rows: Sequence[int]) -> "Prefixes":
         """Some of the texts, in any order and number; columns in which none has a token are left out."""

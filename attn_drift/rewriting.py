@@ -155,10 +155,11 @@ def size_of(texts: Sequence[RequestTexts], whole: bool) -> Size:
 
 def _size(rows: Sequence[_Row], whole: bool) -> Size:
     before = [0 if whole else row.subject_last for row in rows]
+    new = max(len(row.tokens) - n for row, n in zip(rows, before, strict=True))
     return Size(
         rows=len(rows),
-        new=max(len(row.tokens) - n for row, n in zip(rows, before, strict=True)),
-        keys=max(len(row.tokens) for row in rows),
+        new=new,
+        keys=max(before) + new,
         read=max(len(row.tokens) if whole else len(row.completion.target) if row.completion else 1 for row in rows),
     )
 

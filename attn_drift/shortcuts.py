@@ -29,11 +29,18 @@ def fused(model: TransformerBridge) -> dict[Module, Forward]:
     """
     forwards: dict[Module, Forward] = {}
     for module in components(model):
-        if isinstance(module, NormalizationBridge) and not has_hooks(module):
+        if isinstance(module, NormalizationBridge) and not has_hooks(module) and _same_epsilon(module):
             forwards[module] = module.original_component
         elif isinstance(module, NewGELUActivation):
             forwards[module] = partial(gelu, approximate="tanh")
     return forwards
+
+
+def _same_epsilon(norm: NormalizationBridge) -> bool:
+    """Whether a norm adds to the variance what the bridge, which takes it from the model's settings, adds."""
+    wrapped = norm.original_component
+    own = getattr(wrapped, "eps", getattr(wrapped, "variance_epsilon", None))
+    return bool(own == getattr(norm.config, "eps", None))
 
 
 class Constants:
@@ -71,8 +78,18 @@ class Constants:
             # What was changed in place is no longer what the module put out.
             if calls[module] == 1 and versions == [part._version for part in _tensors(output)]
         }
+        for module in components(self.model):
+            wrapped = getattr(module, "original_component", None)
+            # A bridge that runs fires the points of what it wraps, if that does not.
+            if module not in constant and wrapped in constant and any(has_hooks(part) for part in wrapped.modules()):
+                del constant[wrapped]
         inner = {child for module in constant for child in module.modules() if child is not module}
-        self.forwards = {module: _always(output) for module, output in constant.items() if module not in inner}
+        self.forwards = {}
+        for module in constant.keys() - inner:
+            # What a bridge wraps is put in its place, where it can be: the bridge's own hooks act on it as ever.
+            wrapped = getattr(module, "original_component", None)
+            place = wrapped if wrapped in constant else module
+            self.forwards[place] = _always(constant[place])
 
     def put(self) -> AbstractContextManager[None]:
         """A block in which constant modules put out what they did."""

@@ -34,16 +34,11 @@ def optimise_values(
     """
     results: list[OptimisedValue] = []
     with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
-        budget = Budget.of(model)
-        for group in _alone(budget, texts, whole) if writing is None else [list(texts)]:
-            if writing is None or restriction is None:
-                optimisation = Optimisation(model, points, group, config, restriction, whole, budget)
-            else:
-                witness = Witness(model, group, restriction)
-                optimisation = WitnessedOptimisation(model, points, group, config, None, whole, budget).by(
-                    witness, writing
-                )
-            results += optimisation.run()
+        budget = Budget.of(model, restriction is not None)
+        if writing is not None and restriction is not None:
+            return WitnessedOptimisation(model, points, texts, config, restriction, writing, whole, budget).run()
+        for group in _alone(budget, texts, whole):
+            results += Optimisation(model, points, group, config, restriction, whole, budget).run()
             progress.update(len(group))
     return results
 
@@ -53,7 +48,7 @@ def restricted_by_updates(
 ) -> list[float]:
     """The weighted restriction term of each request under low-rank updates, on whole texts."""
     found: list[float] = []
-    for group in _alone(Budget.of(model), texts, True):
+    for group in _alone(Budget.of(model, restricted=True), texts, True):
         own = torch.arange(len(found), len(found) + len(group))
         seen = {layer: update.of(own) for layer, update in updates.items()}
         found += Witness(model, group, restriction).mean_loss(seen).tolist()
@@ -73,7 +68,8 @@ def groups(
             group, size = [], nothing
         group.append(unit)
         size = size.joined(own)
-    yield group
+    if group:
+        yield group
 
 
 def _alone(budget: Budget, texts: Sequence[RequestTexts], whole: bool) -> Iterator[list[RequestTexts]]:

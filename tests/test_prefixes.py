@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from test_generation import bridge
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.models import down_projection
+from attn_drift import budget
+from attn_drift.budget import Budget
+from attn_drift.hooks import attached, embedding_point, shifting
 from attn_drift.prefixes import Prefixes, Suffixes
 
 Make = Callable[..., TransformerBridge]
@@ -89,7 +92,7 @@ def test_texts_read_in_parts_are_as_if_whole(kind: str, seed: int) -> None:
 def test_prefixes_are_left_as_they_were(kind: str) -> None:
     """However they are used; what comes of them is the same the second time."""
     random, model = Random(1), model_of(kind)
-    prefixes = Prefixes.read(model, ["a", "b", "c"], [text(random, n) for n in (3, 9, 1)])
+    prefixes = Prefixes.read(model, ["a", "b", "c"], [text(random, n) for n in (3, 9, 1)], Budget.of(model))
     before, suffixes = state(prefixes), Suffixes.of(model, [text(random, n) for n in (4, 1, 2)])
     first, _ = prefixes.run_on(model, suffixes, all_columns(suffixes))
     prefixes.extended(model, suffixes, all_columns(suffixes))[1].picked([0, 2])
@@ -101,7 +104,7 @@ def test_prefixes_are_left_as_they_were(kind: str) -> None:
 @torch.no_grad()
 def test_only_the_columns_asked_for_have_logits() -> None:
     random, model = Random(2), model_of("gpt2")
-    prefixes = Prefixes.read(model, ["a", "b"], [text(random, n) for n in (3, 9)])
+    prefixes = Prefixes.read(model, ["a", "b"], [text(random, n) for n in (3, 9)], Budget.of(model))
     suffixes = Suffixes.of(model, [text(random, n) for n in (4, 1)])
     everywhere, _ = prefixes.run_on(model, suffixes, all_columns(suffixes))
     last, _ = prefixes.run_on(model, suffixes, suffixes.last)
@@ -109,24 +112,45 @@ def test_only_the_columns_asked_for_have_logits() -> None:
     assert prefixes.run_on(model, suffixes, suffixes.last[:, :0])[0].shape == (2, 0, VOCAB)
 
 
-def test_texts_of_which_nothing_was_read_join_no_others() -> None:
-    model = model_of("gpt2")
-    with pytest.raises(ValueError, match="nothing was read of some"):
-        Prefixes.together([Prefixes.none(model, ["a"]), Prefixes.read(model, ["b"], [[1, 2]])])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_texts_are_read_in_parts_that_fit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in any parts, those among them of which there is nothing to read."""
+    random, model = Random(4), model_of(kind)
+    rows = [text(random, n) for n in (0, 0, 5, 0, 30, 2)]
+    names = [str(ids) for ids in rows]
+    sizes: list[int] = []
+    extended = Prefixes.extended
+
+    def counted(self: Prefixes, *args: Any) -> Any:
+        sizes.append(len(self.names))
+        return extended(self, *args)
+
+    monkeypatch.setattr(Prefixes, "extended", counted)
+    once = Prefixes.read(model, names, rows, Budget.of(model))
+    monkeypatch.setattr(budget, "TOKENS_AT_ONCE", 60)
+    parts = Prefixes.read(model, names, rows, Budget.of(model))
+    assert sizes == [6, 2, 2]
+    assert parts.names == once.names and torch.equal(parts.mask, once.mask)
+    torch.testing.assert_close(state(parts), state(once), rtol=tolerance(kind), atol=tolerance(kind))
+    nothing = Prefixes.read(model, names[:2], rows[:2], Budget.of(model))
+    assert nothing.mask.shape == (2, 0) and not Prefixes.together([nothing, nothing]).cache.layers
 
 
 def test_nan_names_the_text(make_model: Make, architecture: str) -> None:
     """Of several the one whose tokens are concerned; hooks are removed."""
     model = make_model(architecture, torch.float64)
-    with torch.no_grad():
-        model.original_model.get_input_embeddings().weight[9] = torch.nan
-    prefixes = Prefixes.read(model, ["first", "second"], [[1, 2], [3]])
+    prefixes = Prefixes.read(model, ["first", "second"], [[1, 2], [3]], Budget.of(model))
     suffixes = Suffixes.of(model, [[4], [9, 5]])
-    with pytest.raises(FloatingPointError, match=r"logits that are not finite on 'second'"):
+    broken = torch.tensor([0, torch.nan], dtype=torch.float64)[:, None, None]
+    with (
+        pytest.raises(FloatingPointError, match=r"logits that are not finite on 'second'"),
+        attached(model, [shifting(embedding_point(), broken.expand(2, 2, model.cfg.d_model))]),
+    ):
         prefixes.run_on(model, suffixes, suffixes.last)
     assert n_hooks(model) == 0
     with torch.no_grad():
-        down_projection(model, 1)[0, 0] = torch.nan
+        model.unembed.weight.view(-1)[-1] = torch.inf  # of one word alone
     with pytest.raises(FloatingPointError, match=r"logits that are not finite on 'first'"):
         prefixes.run_on(model, suffixes, suffixes.last)
     assert n_hooks(model) == 0

@@ -1,24 +1,28 @@
 """The value optimiser: cached prefixes against whole texts, and how texts are parted."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import WINDOWED, make_hf_model, make_tokenizer
+from small_models import ARCHITECTURES, WINDOWED, make_hf_model, make_tokenizer
+from test_edits import random_edit
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift import budget
+from attn_drift import budget, values
 from attn_drift.budget import Budget
 from attn_drift.hooks import stream_point, value_point
-from attn_drift.optimiser import ValueConfig
+from attn_drift.optimiser import Optimisation, ValueConfig
 from attn_drift.passes import RecomputedPass
-from attn_drift.restriction import Restriction
-from attn_drift.rewriting import request_texts, rewriting_batch, suffix_batches
+from attn_drift.restriction import LossTerm, Penalty, Restriction
+from attn_drift.rewriting import RewritingBatch, request_texts, rewriting_batch, suffix_batches
 from attn_drift.values import optimise_values
 
 Make = Callable[..., TransformerBridge]
@@ -114,7 +118,7 @@ def test_memory_changes_nothing(
     parts: list[int] = []
     recomputed = RecomputedPass.run
 
-    def run(self: RecomputedPass, edited: bool = True) -> torch.Tensor:
+    def run(self: RecomputedPass, edited: bool = True) -> tuple[torch.Tensor, Any]:
         parts.append(len(self.batch.owner))
         return recomputed(self, edited)
 
@@ -126,6 +130,96 @@ def test_memory_changes_nothing(
         # Llama and NeoX take their softmax in float32, whose rounding depends on the shape of the batch.
         assert (a.delta - b.delta).norm() <= 1e-5 * b.delta.norm()
         torch.testing.assert_close(a.history.terms, b.history.terms, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_what_a_group_held_is_free_before_the_next(
+    make_model: Make, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the garbage collector, which runs late or on a GPU not at all."""
+    model, alive = make_model("gpt2"), list[int]()
+    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    made: list[weakref.ref[Optimisation]] = []
+
+    class Watched(Optimisation):
+        def __init__(self, *args: Any) -> None:
+            alive.append(sum(other() is not None for other in made))
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(values, "Optimisation", Watched)
+    monkeypatch.setattr(budget, "TOKENS_AT_ONCE", tokens)
+    gc.collect()
+    gc.disable()
+    try:
+        optimise_values(model, [value_point(0)], texts, ValueConfig(steps=3), ad.SADR(gamma=0.1).bind(model, 0))
+        assert len(alive) >= 2 and not any(alive) and not any(other() is not None for other in made)
+    finally:
+        gc.enable()
+
+
+class Watching:
+    """A term that counts the patterns it was shown that are still held when it is to tell its penalty."""
+
+    def __init__(self, term: LossTerm) -> None:
+        self.term, self.points = term, term.points
+        self.shown: list[weakref.ref[torch.Tensor]] = []
+        self.held: list[int] = []
+
+    def observe(self, activations: dict[str, torch.Tensor], batch: RewritingBatch) -> Any:
+        self.shown += [weakref.ref(activations[point]) for point in self.points]
+        return self.term.observe(activations, batch)
+
+    def penalty(self, vanilla: Any, edited: Any, batch: RewritingBatch) -> Penalty:
+        self.held.append(sum(pattern() is not None for pattern in self.shown))
+        return self.term.penalty(vanilla, edited, batch)
+
+
+@pytest.mark.parametrize("restrict", RESTRICTIONS[1:], ids=["sadr", "after_subject", "hidden_state"])
+def test_what_is_recomputed_is_not_held(
+    make_model: Make, restrict: Restriction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what a restriction sees, beyond what it keeps."""
+    model = make_model("gpt2")
+    texts = [request_texts(model, REQUESTS[0], CONTEXTS)]
+    for tokens, held in ((2**14, True), (1, False)):
+        monkeypatch.setattr(budget, "TOKENS_AT_ONCE", tokens)
+        term = Watching(restrict.bind(model, 0))
+        optimise_values(model, [value_point(0)], texts, ValueConfig(steps=3, stop_loss=-1.0), term)
+        assert len(term.held) >= 3 and all((n > 0) == held for n in term.held)
+
+
+def test_a_small_budget_splits_requests_whatever_a_restriction_would_look_at(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is none, requests need not run together."""
+    model, sizes = make_model("gpt2"), list[int]()
+    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    init = Optimisation.__init__
+
+    def counted(self: Optimisation, *args: Any) -> None:
+        sizes.append(len(args[2]))
+        init(self, *args)
+
+    monkeypatch.setattr(Optimisation, "__init__", counted)
+    monkeypatch.setattr(budget, "TOKENS_AT_ONCE", 1)
+    optimise_values(model, [value_point(0)], texts, ValueConfig(steps=1), writing=lambda deltas: {})
+    assert sizes == [1, 1, 1]
+    assert optimise_values(model, [value_point(0)], [], ValueConfig(steps=1)) == []
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *WINDOWED])
+def test_vectors_behind_the_mlp_while_an_edit_is_in_effect(make_model: Make, kind: str) -> None:
+    """There the edited down-projection itself is the same at every step; its hooks act once."""
+    model = make_model(kind, torch.float64)
+    model.tokenizer.padding_side = "right"
+    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    config, points = ValueConfig(steps=8, learning_rate=0.1), [stream_point(1, "mlp_out")]
+    with random_edit(model, 0, (1,)).applied(model):
+        fast = optimise_values(model, points, texts, config)
+        plain = optimise_values(model, points, texts, config, whole=True)
+    for a, b in zip(fast, plain, strict=True):
+        assert (a.delta - b.delta).norm() <= 1e-5 * b.delta.norm()
 
 
 @cache

@@ -144,7 +144,8 @@ def edit_batches(
     updates: list[dict[int, LowRankUpdate]] = []
     histories: list[EditHistory] = []
     # Where a restriction looks at the updates of a batch, all its values are optimised at once.
-    chunks = [grouped] if config.restricted == "value" else groups(Budget.of(model), grouped, whole=True)
+    budget = Budget.of(model, restrict is not None)
+    chunks = [grouped] if config.restricted == "value" else groups(budget, grouped, whole=True)
     with nullcontext() if after is None else after.applied(model):
         for chunk in chunks:
             spread = Spread(model, chunk, config.layers, directions, config.site)
