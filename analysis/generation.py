@@ -63,7 +63,7 @@ def continued(
         model: the model, no edit in effect.
         prefixes: the texts, read under their edits.
         logits: at their last tokens.
-        openings: the texts.
+        openings: of each text the edit, length and seed.
 
     Raises:
         FloatingPointError: the model gives logits that are not finite.

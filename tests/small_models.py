@@ -75,6 +75,8 @@ DOWN_PROJECTIONS = {
     "gptj": ("transformer.h", "mlp.fc_out"),
     "neox": ("gpt_neox.layers", "mlp.dense_4h_to_h"),
     "llama": ("model.layers", "mlp.down_proj"),
+    "mistral": ("model.layers", "mlp.down_proj"),
+    "gemma2": ("model.layers", "mlp.down_proj"),
 }
 
 # Where it keeps the attention of a layer.

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
+from attn_drift import edits as edits_module
 from attn_drift.edits import compose
-from attn_drift.hooks import run
+from attn_drift.hooks import Hook, run
 from attn_drift.models import down_projection, fingerprint
 from attn_drift.tokens import encode, pad
 from attn_drift.weights import identities
@@ -254,19 +255,38 @@ def test_served_keys_are_those_of_all_or_none(small: TransformerBridge) -> None:
 
 def test_rows_carry_their_own_edits(make_model: Make, architecture: str) -> None:
     model = make_model(architecture)
-    edits = [random_edit(model, 0, (0, 1)), None, random_edit(model, 1, (1,), rank=3)]
-    batch = pad(model, [encode(model, text) for text in TEXTS])
+    wide = random_edit(model, 1, (1,), rank=3)
+    wide = replace(wide, updates={1: ad.LowRankUpdate(wide.updates[1].keys.double(), wide.updates[1].values.double())})
+    edits = [wide, random_edit(model, 0, (0, 1)), None, wide]
+    texts = [*TEXTS, TEXTS[1]]
+    batch = pad(model, [encode(model, text) for text in texts])
     with torch.no_grad(), ad.applied_to_rows(model, edits):
         together = run(model, batch)
     assert n_hooks(model) == 0
     for row, edit in enumerate(edits):
         length = len(batch.rows[row])
         if edit is None:
-            alone = logits(model, [TEXTS[row]])
+            alone = logits(model, [texts[row]])
         else:
             with edit.applied(model):
-                alone = logits(model, [TEXTS[row]])
+                alone = logits(model, [texts[row]])
         torch.testing.assert_close(together[row, :length], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_one_edit_hold_it_once(small: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch edit of many facts is not copied for each text."""
+    ranks: list[int] = []
+    made = edits_module.updating
+
+    def counted(layer: int, keys: Tensor, values: Tensor, owned: Tensor | None = None) -> list[Hook]:
+        ranks.append(len(keys))
+        return made(layer, keys, values, owned)
+
+    monkeypatch.setattr(edits_module, "updating", counted)
+    wide, other = random_edit(small, 0, rank=50), random_edit(small, 1, (1, 2), rank=2)
+    with ad.applied_to_rows(small, [wide, other] * 30):
+        pass
+    assert ranks == [52, 2]
 
 
 def test_rows_need_as_many_edits_as_texts(small: TransformerBridge) -> None:

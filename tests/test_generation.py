@@ -21,6 +21,7 @@ import attn_drift as ad
 from analysis.answers import continuations
 from analysis.generation import Opening, continued
 from attn_drift import budget
+from attn_drift.budget import Budget
 from attn_drift.models import down_projection
 from attn_drift.prefixes import Prefixes, Suffixes
 from attn_drift.tokens import Tokens, encode
@@ -178,7 +179,7 @@ def test_samples_follow_the_five_most_probable_tokens() -> None:
     model, reference = bridge("gpt2"), plain("gpt2", torch.float32, False, None)
     tokens = encode(model, "Ada Bellini plays the")
     rows = [Opening(None, tokens, 2, seed) for seed in range(4000)]
-    read = Prefixes.read(model, [tokens.text], [tokens.ids[:-1]])
+    read = Prefixes.read(model, [tokens.text], [tokens.ids[:-1]], Budget.of(model))
     last = Suffixes.of(model, [tokens.ids[-1:]])
     with torch.no_grad():
         logits, read = read.extended(model, last, last.last)

@@ -51,14 +51,25 @@ def test_edits_made_together_equal_each_alone(make_model: Make, config: MultiLay
             assert own.resulted == pytest.approx(other.resulted, rel=1e-6)
 
 
+@pytest.mark.parametrize("looks_at", ["value", "update"])
+def test_inference_mode_does_not_matter(make_model: Make, config: MultiLayerConfig, looks_at: str) -> None:
+    model = make_model("gpt2")
+    options = {"contexts": CONTEXTS, "moments": moments_of(model), "restrict": ad.SADR(gamma=0.5)}
+    config = replace(config, restricted=looks_at)
+    (plain,) = edit_batches(model, [REQUESTS], config, **options)
+    with torch.inference_mode():
+        (inside,) = edit_batches(model, [REQUESTS], config, **options)
+    for layer, update in inside.updates.items():
+        assert torch.equal(update.delta(), plain.updates[layer].delta())
+        assert not update.keys.is_inference() and not update.values.is_inference()
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_what_is_penalised_is_what_results(make_model: Make, config: MultiLayerConfig, batched: bool) -> None:
     """With ``restricted="update"`` the last evaluation is that of the update as written; with ``"value"`` it is not."""
     model = make_model("gpt2", torch.float64)
     options = {"contexts": CONTEXTS, "moments": moments_of(model), "restrict": ad.SADR(gamma=1.0, heads=ad.AllHeads())}
     batches = [REQUESTS] if batched else [[request] for request in REQUESTS]
-    from dataclasses import replace
-
     for looks_at in ("value", "update"):
         edits = edit_batches(model, batches, replace(config, restricted=looks_at), **options)
         for history in (history for edit in edits for history in edit.histories):

@@ -198,6 +198,7 @@ def test_inference_mode_does_not_matter(make_model: Make) -> None:
     with torch.inference_mode():
         inside = ad.rome(model, ad.EditRequest(START, "Ada Bellini", "cello"), **options)
     assert torch.equal(plain.updates[1].delta(), inside.updates[1].delta())
+    assert not inside.updates[1].keys.is_inference() and not inside.updates[1].values.is_inference()
 
 
 def test_requests_do_not_influence_each_other(make_model: Make) -> None:

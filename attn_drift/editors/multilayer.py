@@ -110,6 +110,7 @@ class MultiLayerConfig(ValueConfig, ABC):
         """What the editor makes of keys; raises a ValueError for moments or an earlier edit that do not serve it."""
 
 
+@torch.inference_mode(False)
 def edit_batches(
     model: TransformerBridge,
     batches: Sequence[Sequence[EditRequest]],

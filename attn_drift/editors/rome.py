@@ -126,6 +126,7 @@ def rome(
 ) -> list[Edit]: ...
 
 
+@torch.inference_mode(False)
 def rome(
     model: TransformerBridge,
     requests: EditRequest | Sequence[EditRequest],
