@@ -78,17 +78,22 @@ class Constants:
             # What was changed in place is no longer what the module put out.
             if calls[module] == 1 and versions == [part._version for part in _tensors(output)]
         }
-        for module in components(self.model):
-            wrapped = getattr(module, "original_component", None)
-            # A bridge that runs fires the points of what it wraps, if that does not.
-            if module not in constant and wrapped in constant and any(has_hooks(part) for part in wrapped.modules()):
-                del constant[wrapped]
+        # A bridge that runs fires points of what it wraps where that does not: hooks there would act again.
+        wrapped = {module: getattr(module, "original_component", None) for module in components(self.model)}
+        hooked = {
+            inside
+            for inside in wrapped.values()
+            if inside is not None and any(has_hooks(part) for part in inside.modules())
+        }
+        for module, inside in wrapped.items():
+            if module not in constant and inside in constant and inside in hooked:
+                del constant[inside]
         inner = {child for module in constant for child in module.modules() if child is not module}
         self.forwards = {}
         for module in constant.keys() - inner:
             # What a bridge wraps is put in its place, where it can be: the bridge's own hooks act on it as ever.
-            wrapped = getattr(module, "original_component", None)
-            place = wrapped if wrapped in constant else module
+            inside = wrapped[module]
+            place = inside if inside in constant and inside not in hooked else module
             self.forwards[place] = _always(constant[place])
 
     def put(self) -> AbstractContextManager[None]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workloads import THREADS
+
 from attn_drift.files import replacing
 
 OUT = Path("build/bench")
@@ -49,7 +51,9 @@ class Report:
 
     def lines(self) -> list[str]:
         """The table of ratios."""
-        return [*self.HEAD, *(row for comparison in self.comparisons for row in comparison.rows())]
+        clock = "Processor time" if THREADS == 1 else "Time on the wall"
+        said = f"{clock}, threads: {THREADS}. In every round the plain path, then the fast one; ratios are of rounds."
+        return [said, "", *self.HEAD, *(row for comparison in self.comparisons for row in comparison.rows())]
 
     def write(self) -> None:
         """The table as ``table.md``, the other figures as ``figures.json``."""

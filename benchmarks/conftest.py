@@ -1,7 +1,6 @@
 """One process and one thread (or ``OMP_NUM_THREADS``); paths take turns; ratios at the end of the run and in files."""
 
 import gc
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from comparison import Comparison, Report, Way
 from floors import Speed
 from pytest_benchmark.fixture import BenchmarkFixture
-from workloads import SADR, Lab
+from workloads import SADR, THREADS, Lab
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(THREADS)
 
 _report = Report()
 
@@ -67,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of ratios, on the terminal and in files."""
     if not (_report.comparisons or _report.figures):
         return
-    terminalreporter.section("processor time, fast path against plain ones")
+    terminalreporter.section("fast path against plain ones")
     for line in _report.lines():
         terminalreporter.write_line(line)
     _report.write()

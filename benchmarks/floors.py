@@ -6,19 +6,16 @@ to the activations alone, on the tokens from the subject-last one on; logits are
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2LMHeadModel
-from workloads import Lab, seconds
+from workloads import seconds
 
 from analysis.fluency import LENGTH
 from analysis.specificity import SPARE_TOKENS
 from attn_drift.cases import TASKS, Case
 from attn_drift.editors.rome import ROMEConfig
-from attn_drift.models import demo_folder
 from attn_drift.rewriting import RequestTexts
 from attn_drift.tokens import encode, encode_completion
 
@@ -105,24 +102,3 @@ def operations_done(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
-
-
-def overheads(lab: Lab, rounds: int = 50) -> dict[str, float]:
-    """Seconds of a run over one token, in which hardly anything but calls is left to pay for."""
-    token, plain = torch.zeros(1, 1, dtype=torch.long), GPT2LMHeadModel.from_pretrained(demo_folder()).eval()
-    ways = {
-        "TransformerLens bridge": lambda: lab.model(token, return_type="logits"),
-        "Hugging Face model": lambda: plain(token).logits,
-    }
-    found = {}
-    for name, forward in ways.items():
-        both = partial(_backward, forward)
-        with torch.no_grad():
-            found[f"{name}, forward"] = min(seconds(forward) for _ in range(rounds))
-        found[f"{name}, forward and backward"] = min(seconds(both) for _ in range(rounds))
-    lab.model.original_model.zero_grad(set_to_none=True)
-    return found
-
-
-def _backward(forward: Callable[[], torch.Tensor]) -> None:
-    forward().sum().backward()

@@ -13,12 +13,13 @@ from workloads import SADR, Lab
 import attn_drift as ad
 from analysis.plots.style import COLOURS, TEMPLATE
 from attn_drift.rewriting import RequestTexts, request_texts
+from attn_drift.tokens import encode
 
 STEPS = 6
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 # Whole texts at every step, up to as many requests: their time per edit does not fall further.
 WHOLE_UP_TO = 8
-SUFFIX = (2, 8, 16, 32, 64)
+SUFFIX = (4, 8, 16, 32, 64)
 CONTEXT = (5, 10, 20, 40, 80, 160)
 LAYERS = (3, 6, 12, 24)
 WIDTH = (64, 128, 256, 512)
@@ -53,12 +54,15 @@ def _long_suffix(lab: Lab, n: int) -> RequestTexts:
     request = lab.cases[0].request
     short = request_texts(lab.model, request, lab.contexts).rewriting[0]
     missing = n - (len(short.completion.tokens) - short.subject_last)
+    assert missing >= 0
     return request_texts(lab.model, replace(request, prompt=request.prompt + missing * WORD), lab.contexts)
 
 
 def _long_context(lab: Lab, n: int) -> RequestTexts:
-    """The first request behind contexts of ``n`` words."""
-    return request_texts(lab.model, lab.cases[0].request, ["{}", *20 * ["The" + (n - 1) * WORD + ". {}"]])
+    """The first request behind contexts of ``n`` tokens, and by itself."""
+    context = "The" + (n - 2) * WORD + "."
+    assert len(encode(lab.model, context)) == n
+    return request_texts(lab.model, lab.cases[0].request, ["{}", *20 * [context + " {}"]])
 
 
 def _of_model(lab: Lab, what: str, size: int, layers: int, width: int) -> Iterator[tuple[str, int, str, float]]:

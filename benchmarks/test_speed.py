@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from comparison import OUT, Comparison, Report
-from floors import Cost, Speed, benchmark_floor, operations_done, overheads, scoring_floor, step_floor
+from floors import Cost, Speed, benchmark_floor, operations_done, scoring_floor, step_floor
 from growth import figure, growth
 from memory import peak
 from workloads import CLOCK, SADR, STEPS, Lab, part, seconds
@@ -80,7 +80,7 @@ def test_scoring(lab: Lab, compare: Compare, speed: Speed, report: Report, n: in
         f"scoring {n} cases",
         "case",
         lambda _: seconds(lambda: lab.scores(edits, False)) / n,
-        {"one text at a time": lambda _: seconds(lambda: lab.scores(edits[:few], True)) / few},
+        {f"one text at a time, {few} cases": lambda _: seconds(lambda: lab.scores(edits[:few], True)) / few},
         3,
     )
     found = _against_floor(scoring_floor(lab.model, lab.cases[:n]), speed, n * float(np.median(done.fast)))
@@ -101,14 +101,15 @@ def test_benchmark(lab: Lab, compare: Compare, speed: Speed, report: Report) -> 
     def plain(i: int) -> float:
         return seconds(lambda: alone.append(part(worker, chunks[i][:few], True))) / len(chunks[i][:few])
 
-    done = compare("benchmark, 50 cases in chunks of 16", "case", fast, {"one case, one text at a time": plain}, 4)
+    label = f"one case, one text at a time, {few} cases of a chunk"
+    done = compare("benchmark, 50 cases: chunks of 16, 16, 16, 2", "case", fast, {label: plain}, 4)
     sizes = np.array([len(chunk) for chunk in chunks])
     contexts = worker.supplies.contexts(lab.config.context_lengths)
     texts = [request_texts(lab.model, case.request, contexts) for case in chunks[0]]
     floor = benchmark_floor(lab.model, chunks[0], texts, lab.config.steps)
     report.figures["benchmark"] = {
         "seconds": float(sizes @ done.fast),
-        "seconds_plain": float(sizes @ done.plain["one case, one text at a time"]),
+        "seconds_plain_extrapolated": float(sizes @ done.plain[label]),
         "first_chunk": _against_floor(floor, speed, len(chunks[0]) * done.fast[0]),
         **_differences(pd.concat(batched), pd.concat(alone)),
     }
@@ -123,11 +124,10 @@ def test_growth(lab: Lab) -> None:
         figure(rows).write_html(temporary, include_plotlyjs=True)
 
 
-def test_overheads(lab: Lab, report: Report) -> None:
-    """Of a run, and of a step on a single text, whatever they compute."""
-    report.figures["a run over one token"] = overheads(lab)
+def test_overhead(lab: Lab, report: Report) -> None:
+    """Of a step on a single text and the essence text, in which hardly anything but calls is left to pay for."""
     alone = [request_texts(lab.model, lab.cases[0].request, ["{}"])]
-    report.figures["a step on one text"] = lab.step(alone, SADR, 40, False)
+    report.figures["seconds of a step on one text"] = lab.step(alone, SADR, 40, False)
 
 
 @pytest.mark.parametrize(("work", "n"), [("sadr", 1), ("sadr", 8), ("sadr", 32), ("scoring", 32)])
@@ -141,7 +141,7 @@ def test_memory_of_the_benchmark(report: Report) -> None:
     """A chunk of 16 cases, against the first two of them one by one."""
     report.figures["memory: benchmark 16"] = {
         "fast": peak("benchmark", 16, "fast"),
-        "plain": peak("benchmark", 2, "plain"),
+        "plain, 2 cases": peak("benchmark", 2, "plain"),
     }
 
 

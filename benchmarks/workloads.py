@@ -1,8 +1,10 @@
 """What is timed, on the demo model: the fast path beside the plain one, which runs every text as a whole or alone.
 
-Clocks count processor time of this process, which other processes on the machine hardly change.
+Clocks count processor time of this process, which other processes on the machine hardly change; with several threads
+(``OMP_NUM_THREADS``), time on the wall.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,8 +16,7 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.answers import Answer, Question, ask
-from analysis.generation import Opening
+from analysis.answers import _Reading, _Row
 from analysis.methods import Supplies, parse_methods
 from analysis.scores import Scores
 from analysis.specificity import score
@@ -32,7 +33,8 @@ from attn_drift.rewriting import RequestTexts, request_texts
 from attn_drift.sampling import ROME_LENGTHS
 from attn_drift.values import optimise_values
 
-CLOCK = time.process_time
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+CLOCK = time.process_time if THREADS == 1 else time.perf_counter
 
 # Steps of a whole optimisation: those of the demo model's preset.
 STEPS = 60
@@ -95,29 +97,29 @@ class Lab:
 def part(worker: Worker, cases: Sequence[Case], plain: bool) -> pd.DataFrame:
     """The benchmark's rows of some cases, edited and scored together, or, plainly, one case and one text at a time."""
     if not plain:
-        return worker.run(Job(METHOD, 0, tuple(cases)))
-    with one_text_at_a_time(), whole_texts():
-        return pd.concat([worker.run(Job(METHOD, 0, (case,))) for case in cases], ignore_index=True)
+        frame = worker.run(Job(METHOD, 0, tuple(cases)))
+    else:
+        with one_text_at_a_time(), whole_texts():
+            frame = pd.concat([worker.run(Job(METHOD, 0, (case,))) for case in cases], ignore_index=True)
+    assert frame["error"].isna().all()
+    return frame
 
 
 @contextmanager
 def one_text_at_a_time() -> Iterator[None]:
-    """A block in which every text is scored, and every continuation made, in runs of its own."""
-    with patch("analysis.specificity.ask", _ask_alone), patch("analysis.answers.ask", _ask_alone):
+    """A block in which every text is scored, and every continuation made, in runs of its own.
+
+    What is asked is checked and prepared as ever, once; one-token objects after one text share a run in any version.
+    """
+    with patch("analysis.answers._Reading.chunks", _one_by_one):
         yield
 
 
-def _ask_alone(
-    model: TransformerBridge, questions: Sequence[Question], openings: Sequence[Opening]
-) -> tuple[list[Answer], list[str]]:
-    """`ask`, one by one; one-token objects after one text share a run, as in any version."""
-    same: dict[tuple[Edit | None, tuple[int, ...]], list[int]] = {}
-    for i, question in enumerate(questions):
-        same.setdefault((question.edit, question.completion.tokens.ids), []).append(i)
-    answers = {}
-    for places in same.values():
-        answers |= dict(zip(places, ask(model, [questions[i] for i in places], [])[0], strict=True))
-    return [answers[i] for i in range(len(questions))], [ask(model, [], [opening])[1][0] for opening in openings]
+def _one_by_one(reading: _Reading) -> Iterator[list[_Row]]:
+    for row in reading._rows():
+        if row.questions:
+            yield [replace(row, openings=[])]
+        yield from ([replace(row, questions=[], openings=[i])] for i in row.openings)
 
 
 @contextmanager
@@ -128,7 +130,7 @@ def whole_texts() -> Iterator[None]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Processor time of some work."""
+    """Time of some work by the clock."""
     start = CLOCK()
     work()
     return CLOCK() - start
