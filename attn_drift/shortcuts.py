@@ -78,27 +78,32 @@ class Constants:
             # What was changed in place is no longer what the module put out.
             if calls[module] == 1 and versions == [part._version for part in _tensors(output)]
         }
-        # A bridge that runs fires points of what it wraps where that does not: hooks there would act again.
-        wrapped = {module: getattr(module, "original_component", None) for module in components(self.model)}
-        hooked = {
-            inside
-            for inside in wrapped.values()
-            if inside is not None and any(has_hooks(part) for part in inside.modules())
-        }
-        for module, inside in wrapped.items():
-            if module not in constant and inside in constant and inside in hooked:
+        for module in components(self.model):
+            inside = _wrapped(module)
+            # A bridge that runs fires points of what it wraps where that does not: hooks there would act again.
+            if module not in constant and inside in constant and _hooked(inside):
                 del constant[inside]
         inner = {child for module in constant for child in module.modules() if child is not module}
         self.forwards = {}
         for module in constant.keys() - inner:
             # What a bridge wraps is put in its place, where it can be: the bridge's own hooks act on it as ever.
-            inside = wrapped[module]
-            place = inside if inside in constant and inside not in hooked else module
+            inside = _wrapped(module)
+            place = inside if inside in constant and not _hooked(inside) else module
             self.forwards[place] = _always(constant[place])
 
     def put(self) -> AbstractContextManager[None]:
         """A block in which constant modules put out what they did."""
         return replaced(self.forwards)
+
+
+def _wrapped(module: Module) -> Any:
+    """What a bridge wraps; None for other modules."""
+    return getattr(module, "original_component", None)
+
+
+def _hooked(module: Module) -> bool:
+    """Whether a hook is attached inside a module."""
+    return any(has_hooks(part) for part in module.modules())
 
 
 def _always(output: Any) -> Forward:
