@@ -1,6 +1,6 @@
 """How many texts are run at once: an estimate of what a run holds, and what is free."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,11 +15,13 @@ TOKENS_AT_ONCE = 2**14
 # What a run costs beside its tokens, in tokens.
 TOKENS_PER_RUN = 400
 
-# Where Linux tells what a container may hold: the limit, what is used, and the row of memory.stat for cached files.
-GROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
+# Where Linux tells which groups a process is in (a container, a job of a batch system), and by the name of what
+# controls them what they may hold: the folder, the limit, what is used, and the row of memory.stat for cached files.
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = {
+    "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,22 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] + reserve)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    return min(int(psutil.virtual_memory().available), *(_left_to_the_group(*files) for files in GROUPS))
+    return min(int(psutil.virtual_memory().available), *_left_to_groups())
+
+
+def _left_to_groups() -> Iterator[int]:
+    """Bytes that each group that this process is in may still take, outer ones included."""
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []
+    own = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    for controller, (root, *names) in GROUPS.items():
+        folder = root / own.get(controller, "/").lstrip("/")
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(root):
+                yield _left_to_the_group(group, *names)
 
 
 def _left_to_the_group(folder: Path, limit: str, used: str, cached: str) -> int:
-    """Bytes that a container may still take; more than any machine has where nothing says so."""
+    """Bytes that a group may still take; more than any machine has where nothing says so."""
     try:
         left = int((folder / limit).read_text()) - int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

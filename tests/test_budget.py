@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift import budget
-from attn_drift.budget import Budget, Size, _left_to_the_group, estimate, free_memory, parted
+from attn_drift.budget import Budget, Size, estimate, free_memory, parted
 from attn_drift.hooks import adding, attached, pattern_point, reading, value_point
 from attn_drift.prefixes import Prefixes, Suffixes
 from attn_drift.restriction import DIVERGENCES
@@ -151,15 +151,34 @@ def test_free_memory_of_the_cpu() -> None:
     assert 0 < free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
 
 
-def test_a_limit_of_the_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not files that are only cached, which give way."""
-    files = (tmp_path, "memory.max", "memory.current", "inactive_file")
-    assert _left_to_the_group(*files) > 2**60
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("400\n")
-    (tmp_path / "memory.stat").write_text("anon 50\ninactive_file 300\nactive_file 20\n")
-    assert _left_to_the_group(*files) == 900
-    monkeypatch.setattr(budget, "GROUPS", (files,))
-    assert free_memory(torch.device("cpu")) == 900
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _left_to_the_group(*files) > 2**60
+def write_group(folder: Path, limit: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text("400\n")
+    (folder / "memory.stat").write_text("anon 50\ninactive_file 300\nactive_file 20\n")
+
+
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ({}, None),
+        ({"": "1000"}, 900),  # but not files that are only cached, which give way
+        ({"": "max"}, None),
+        ({"": "2000", "jobs/7": "1000", "jobs/8": "500"}, 900),
+        ({"": "max", "jobs": "1000", "jobs/7": "max"}, 900),
+    ],
+)
+def test_a_limit_of_the_container_counts(
+    limits: dict[str, str], left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or of the job, or of a group around it; not of another."""
+    for group, limit in limits.items():
+        write_group(tmp_path / "groups" / group, limit)
+    (tmp_path / "own").write_text("3:cpu,cpuacct:/elsewhere\n0::/jobs/7\n")
+    files = (tmp_path / "groups", "memory.max", "memory.current", "inactive_file")
+    monkeypatch.setattr(budget, "GROUPS", {"": files})
+    monkeypatch.setattr(budget, "OWN_GROUPS", tmp_path / "own")
+    found = free_memory(torch.device("cpu"))
+    assert found == left if left is not None else found > 2**20
+    (tmp_path / "own").unlink()
+    assert (free_memory(torch.device("cpu")) == 900) == (limits.get("") == "1000")
