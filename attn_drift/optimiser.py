@@ -19,9 +19,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget
 from attn_drift.history import EditHistory
-from attn_drift.passes import Deltas, Pass, RecomputedPass, SeenUpdate, SuffixPass, WholePass, Witness
+from attn_drift.passes import Deltas, Pass, RecomputedPass, SuffixPass, WholePass, Witness
 from attn_drift.restriction import LossTerm, Penalty
 from attn_drift.rewriting import IGNORED, RequestTexts, rewriting_batch, size_of, suffix_batches
+from attn_drift.weights import SeenUpdate
 
 # The updates by layer that would be written for given deltas, with their gradients.
 Writing = Callable[[Deltas], Mapping[int, SeenUpdate]]

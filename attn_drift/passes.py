@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,23 +18,9 @@ from attn_drift.prefixes import Prefixes, Suffixes
 from attn_drift.restriction import LossTerm, Penalty
 from attn_drift.rewriting import IGNORED, RequestTexts, RewritingBatch, rewriting_batch
 from attn_drift.shortcuts import Constants, Forward, fused, replaced
+from attn_drift.weights import SeenUpdate
 
 Deltas = Float[Tensor, "request site d_model"]
-
-
-@dataclass(frozen=True, eq=False)
-class SeenUpdate:
-    """A low-rank update of one layer, and which of its ranks are in effect for each request."""
-
-    keys: Float[Tensor, "rank d_mlp"]
-    values: Float[Tensor, "rank d_model"]
-    seen: Bool[Tensor, "request rank"]
-
-    def of(self, requests: Int[Tensor, " own"]) -> "SeenUpdate":
-        """As some of the requests see it, in any order and number; ranks that none of them sees are left out."""
-        seen = self.seen[requests.to(self.seen.device)]
-        ranks = seen.any(0)
-        return SeenUpdate(self.keys[ranks], self.values[ranks], seen[:, ranks])
 
 
 class Pass(ABC):

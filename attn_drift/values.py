@@ -9,9 +9,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget, Size
 from attn_drift.optimiser import Optimisation, OptimisedValue, ValueConfig, WitnessedOptimisation, Writing
-from attn_drift.passes import SeenUpdate, Witness
+from attn_drift.passes import Witness
 from attn_drift.restriction import LossTerm
 from attn_drift.rewriting import RequestTexts, size_of
+from attn_drift.weights import SeenUpdate
 
 
 def optimise_values(

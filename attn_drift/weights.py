@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -62,6 +62,21 @@ def concatenated(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
         torch.cat([update.values for update in updates]),
         torch.cat(served) if len(served) == len(updates) else None,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class SeenUpdate:
+    """A low-rank update of one layer, and which of its ranks are in effect for each request."""
+
+    keys: Float[Tensor, "rank d_mlp"]
+    values: Float[Tensor, "rank d_model"]
+    seen: Bool[Tensor, "request rank"]
+
+    def of(self, requests: Int[Tensor, " own"]) -> "SeenUpdate":
+        """As some of the requests see it, in any order and number; ranks that none of them sees are left out."""
+        seen = self.seen[requests.to(self.seen.device)]
+        ranks = seen.any(0)
+        return SeenUpdate(self.keys[ranks], self.values[ranks], seen[:, ranks])
 
 
 @dataclass

@@ -27,13 +27,12 @@ from attn_drift.hooks import key_point, value_point
 from attn_drift.models import check_finite, check_layer, check_model, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
 from attn_drift.optimiser import ValueConfig
-from attn_drift.passes import SeenUpdate
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
 from attn_drift.rewriting import RequestTexts
 from attn_drift.sampling import ROME_LENGTHS
 from attn_drift.values import optimise_values
-from attn_drift.weights import LowRankUpdate, concatenated
+from attn_drift.weights import LowRankUpdate, SeenUpdate, concatenated
 
 log = logging.getLogger(__name__)
 

@@ -16,14 +16,13 @@ from attn_drift.hooks import read
 from attn_drift.models import down_projection, fingerprint
 from attn_drift.moments import SecondMoment
 from attn_drift.optimiser import OptimisedValue, ValueConfig
-from attn_drift.passes import SeenUpdate
 from attn_drift.requests import SLOT, EditRequest
 from attn_drift.restriction import LossTerm, Restriction
 from attn_drift.rewriting import RequestTexts, RewritingText, request_texts
 from attn_drift.sampling import sample_contexts
 from attn_drift.tokens import pad
 from attn_drift.values import restricted_by_updates
-from attn_drift.weights import LowRankUpdate
+from attn_drift.weights import LowRankUpdate, SeenUpdate
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from attn_drift.editors.shared import at_subjects
 from attn_drift.hooks import Hook, attached, key_point, updating
 from attn_drift.models import float64_device
-from attn_drift.passes import Deltas, SeenUpdate
+from attn_drift.passes import Deltas
 from attn_drift.rewriting import RequestTexts, RewritingText
-from attn_drift.weights import LowRankUpdate
+from attn_drift.weights import LowRankUpdate, SeenUpdate
 
 # Texts that are read in one run.
 ROWS_AT_ONCE = 256
