@@ -280,12 +280,14 @@ class _Reading:
         at_end = logits[torch.tensor(rows, device=logits.device), last]
         return _Ended(list(same.values()), at_end, read.picked(rows))
 
-    def _go_on(self, ended: Sequence[_Ended]) -> None:
-        """Continues all openings together."""
+    def _go_on(self, ended: list[_Ended]) -> None:
+        """Continues all openings together, and takes the texts out of the list."""
         groups = [group for part in ended for group in part.groups]
         longest = [max((self.openings[i] for i in group), key=lambda opening: opening.length) for group in groups]
-        prefixes = Prefixes.together([part.prefixes for part in ended])
-        ids = continued(self.model, prefixes, torch.cat([part.logits for part in ended]), longest)
+        logits, read = torch.cat([part.logits for part in ended]), [part.prefixes for part in ended]
+        ended.clear()
+        # Named nowhere, so that what was read is not held beside what it grows to.
+        ids = continued(self.model, Prefixes.together([read.pop(0) for _ in range(len(read))]), logits, longest)
         tokenizer = own_tokenizer(self.model)
         for group, told in zip(groups, ids, strict=True):
             for i in group:

@@ -16,10 +16,11 @@ from attn_drift.rewriting import RequestTexts, request_texts
 from attn_drift.tokens import encode
 
 STEPS = 6
+ROUNDS = 5
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 # Whole texts at every step, up to as many requests: their time per edit does not fall further.
 WHOLE_UP_TO = 8
-SUFFIX = (4, 8, 16, 32, 64)
+SUFFIX = (4, 8, 16, 32, 48, 64)
 CONTEXT = (5, 10, 20, 40, 80, 160)
 LAYERS = (3, 6, 12, 24)
 WIDTH = (64, 128, 256, 512)
@@ -44,7 +45,7 @@ def growth(lab: Lab) -> Iterator[tuple[str, int, str, float]]:
 def _both(
     lab: Lab, what: str, size: int, texts: Sequence[RequestTexts], paths: Sequence[str] = ("fast", "plain")
 ) -> Iterator[tuple[str, int, str, float]]:
-    for _ in range(3):
+    for _ in range(ROUNDS):
         for path in paths:
             yield what, size, path, lab.step(texts, SADR, STEPS, path == "plain")
 
@@ -79,12 +80,13 @@ def _of_model(lab: Lab, what: str, size: int, layers: int, width: int) -> Iterat
 
 
 def figure(rows: pd.DataFrame) -> go.Figure:
-    """A panel for everything that grows, with the median time of each size, from zero; tokens on linear axes.
+    """A panel for everything that grows: median times, bars from the least to the greatest; tokens on linear axes.
 
     Args:
         rows: of `growth`, with the columns what, size, path and seconds.
     """
-    typical = rows.groupby(["what", "size", "path"], sort=False)["seconds"].median().reset_index()
+    grouped = (1000 * rows.set_index(["what", "size", "path"])["seconds"]).groupby(level=[0, 1, 2], sort=False)
+    typical = grouped.agg(["min", "median", "max"]).reset_index()
     panels = list(dict.fromkeys(typical["what"]))
     drawn = make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
     for column, what in enumerate(panels, start=1):
@@ -92,11 +94,17 @@ def figure(rows: pd.DataFrame) -> go.Figure:
             own = typical[(typical["what"] == what) & (typical["path"] == path)]
             named = {"name": path, "legendgroup": path, "showlegend": column == 1}
             shown = {"mode": "lines+markers", "line": {"color": colour}}
-            drawn.add_scatter(x=own["size"], y=1000 * own["seconds"], row=1, col=column, **named, **shown)
+            bars = {"array": own["max"] - own["median"], "arrayminus": own["median"] - own["min"], "width": 2}
+            middle = {"x": own["size"], "y": own["median"], "error_y": bars}
+            drawn.add_scatter(**middle, row=1, col=column, **named, **shown)
         sizes = typical.loc[typical["what"] == what, "size"].unique()
-        scale = "linear" if what.startswith("tokens") else "log"
-        drawn.update_xaxes(type=scale, tickvals=sizes, ticktext=sizes.astype(str), row=1, col=column)
+        if what.startswith("tokens"):
+            drawn.update_xaxes(rangemode="tozero", row=1, col=column)
+        else:
+            drawn.update_xaxes(type="log", tickvals=sizes, ticktext=sizes.astype(str), row=1, col=column)
     drawn.update_yaxes(rangemode="tozero")
     drawn.update_yaxes(title_text="ms per step and edit", row=1, col=1)
-    drawn.update_layout(title="Time of a SADR step: the fast path, and whole texts at every step", template=TEMPLATE)
+    drawn.update_layout(
+        title="Time of a SADR step: the fast path, and whole texts at every step", template=TEMPLATE, height=380
+    )
     return drawn
