@@ -80,22 +80,22 @@ def _of_model(lab: Lab, what: str, size: int, layers: int, width: int) -> Iterat
 
 
 def figure(rows: pd.DataFrame) -> go.Figure:
-    """A panel for everything that grows: median times, bars from the least to the greatest; tokens on linear axes.
+    """A panel for everything that grows: median times, bars between quartiles; tokens on linear axes.
 
     Args:
         rows: of `growth`, with the columns what, size, path and seconds.
     """
     grouped = (1000 * rows.set_index(["what", "size", "path"])["seconds"]).groupby(level=[0, 1, 2], sort=False)
-    typical = grouped.agg(["min", "median", "max"]).reset_index()
-    panels = list(dict.fromkeys(typical["what"]))
+    typical = grouped.describe().reset_index().sort_values("size")
+    panels = list(rows["what"].unique())
     drawn = make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
     for column, what in enumerate(panels, start=1):
         for path, colour in zip(("fast", "plain"), COLOURS[2:0:-1], strict=True):
             own = typical[(typical["what"] == what) & (typical["path"] == path)]
             named = {"name": path, "legendgroup": path, "showlegend": column == 1}
             shown = {"mode": "lines+markers", "line": {"color": colour}}
-            bars = {"array": own["max"] - own["median"], "arrayminus": own["median"] - own["min"], "width": 2}
-            middle = {"x": own["size"], "y": own["median"], "error_y": bars}
+            bars = {"array": own["75%"] - own["50%"], "arrayminus": own["50%"] - own["25%"], "width": 2}
+            middle = {"x": own["size"], "y": own["50%"], "error_y": bars}
             drawn.add_scatter(**middle, row=1, col=column, **named, **shown)
         sizes = typical.loc[typical["what"] == what, "size"].unique()
         if what.startswith("tokens"):
