@@ -30,8 +30,21 @@ def optimise_values(
     the subject-last ones are run once and cached, unless ``whole`` asks for whole texts at every step: the reference
     that this is tested against.
 
-    With ``writing``, the restriction looks at whole texts under the updates that it gives for the deltas of all
-    requests, which then run together, not at the texts on which the deltas are optimised.
+    Args:
+        model: the model; its weights take no gradients meanwhile.
+        points: the sites, hook points of shape ``[text pos d_model]``; each request gets a vector for each.
+        texts: of each request.
+        config: steps, Adam, the loss and when a request is done.
+        restriction: a further term of the loss.
+        writing: the updates that would be written for the deltas of all requests. The restriction then looks at whole
+            texts under these, not at the texts on which the deltas are optimised, and all requests run together.
+        whole: run whole texts at every step.
+
+    Returns:
+        One value for each request, in order.
+
+    Raises:
+        FloatingPointError: the model gives logits that are not finite; names the text.
     """
     results: list[OptimisedValue] = []
     with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
@@ -47,7 +60,11 @@ def optimise_values(
 def restricted_by_updates(
     model: TransformerBridge, texts: Sequence[RequestTexts], restriction: LossTerm, updates: Mapping[int, SeenUpdate]
 ) -> list[float]:
-    """The weighted restriction term of each request under low-rank updates, on whole texts."""
+    """The weighted restriction term of each request under low-rank updates by layer, on whole texts.
+
+    Raises:
+        FloatingPointError: the model gives logits that are not finite under them.
+    """
     found: list[float] = []
     for group in _alone(Budget.of(model, restricted=True), texts, True):
         own = torch.arange(len(found), len(found) + len(group))
