@@ -1,6 +1,10 @@
 """The optimiser of values: its settings, the loss, and the steps of some requests together (method.md, section 2).
 
     L = NLL + kl_factor * KL_essence + weight_decay * |delta| / |v0|^2 + restriction
+    KL_essence = sum_v p*(v) (log p*(v) - log p(v))
+
+p* is the edited model's distribution after the subject of "{s} is a", p the vanilla one's: KL(edited || vanilla), as in
+ROME (Meng et al., 2202.05262, equation 4).
 
 Adam on ``delta`` alone: each request has its own delta, its own stop, its own loss terms. Where an editor optimises
 vectors at several sites (PMET), delta and v0 have a row for each, and the decay is summed.
@@ -259,7 +263,7 @@ class Optimisation:
         sizes = self.delta[own].norm(dim=2) / self.v0_norm[own].square()
         return _Terms(
             nll=self.nll_weight[own] * self._mean_per_request(nll),
-            kl=config.kl_factor * (before.exp() * (before - now)).sum(-1),
+            kl=config.kl_factor * (now.exp() * (now - before)).sum(-1),
             decay=config.weight_decay * sizes.sum(1),
             restriction=self._mean_per_request(penalty.loss),
             p_target=self._mean_per_request((-nll.detach() * n_tokens).exp()),

@@ -123,7 +123,7 @@ def reference_rome(
                             p, q = A[h, t_b] + 1e-8, A_star[h, t_b] + 1e-8
                             sadr = sadr + (p * (p / q).log()).sum() / len(texts)
         now = forward(essence, essence_s, delta)[0][essence_s]
-        kl = (p0.exp() * (p0 - now)).sum()
+        kl = (now.exp() * (now - p0)).sum()  # KL(edited || vanilla): ROME, equation 4
         norm = delta.norm() if delta.any() else (delta * 0).sum()
         loss = nll + s.kl_factor * kl + s.weight_decay * norm / v0.norm() ** 2 + s.gamma * sadr + s.hidden * moved
         losses.append(loss.item())
@@ -282,7 +282,7 @@ def reference_pmet_values(
             nll = nll - sum(logp[t_b + i, t] for i, t in enumerate(target)) / len(target) / len(texts)
             right = right and all(int(logp[t_b + i].argmax()) == t for i, t in enumerate(target))
         now = forward(essence, essence_s, deltas)[essence_s]
-        kl = s.kl_factor * (p0.exp() * (p0 - now)).sum()
+        kl = s.kl_factor * (now.exp() * (now - p0)).sum()
         decay = sum((d.norm() if d.any() else (d * 0).sum()) / n.norm() ** 2 for d, n in zip(deltas, v0, strict=True))
         loss = weight * nll + kl + s.weight_decay * decay
         losses.append(loss.item())
