@@ -24,7 +24,7 @@ FORMAT = "attn_drift.edit.2"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Such as "0.layers.5.keys" and "0.histories.0.terms": the edit's place in the sum, then the layer or the request.
-NAME = re.compile(r"(0|[1-9]\d{0,5})\.(layers|histories)\.(0|[1-9]\d{0,5})\.([a-z]+)", re.ASCII)
+NAME = re.compile(r"(0|[1-9]\d{0,5})\.(layers|histories)\.(0|[1-9]\d{0,5})\.([a-z_]+)", re.ASCII)
 
 REQUEST = {"prompt": str, "subject": str, "target_new": str, "target_true": (str, NoneType), "rephrasings": list}
 

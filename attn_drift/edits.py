@@ -46,12 +46,21 @@ class Edit:
         facts = ", ".join(f"{request.question!r} -> {request.target_new!r}" for request in self.requests[:3])
         more = f" and {len(self.requests) - 3} more" if len(self.requests) > 3 else ""
         where = ", ".join(f"L{layer} rank {update.rank}" for layer, update in self.updates.items())
-        return f"Edit({self.method.get('editor', 'edit')} of {self.model_name}, {where}: {facts}{more})"
+        doubt = f"; in doubt: {self.doubts[0]}" if self.doubts else ""
+        return f"Edit({self.method.get('editor', 'edit')} of {self.model_name}, {where}: {facts}{more}{doubt})"
 
     @property
     def history(self) -> EditHistory | None:
         """Of the edit of one request; None for several."""
         return self.histories[0] if len(self.histories) == 1 else None
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against the edit: an update of zero, a loss that rose, a target that is not the first choice."""
+        found = [] if any(update.values.any() for update in self.updates.values()) else ["the update is zero"]
+        for request, history in zip(self.requests, self.histories, strict=False):
+            found += [f"{request.question!r} -> {request.target_new!r}: {doubt}" for doubt in history.doubts]
+        return tuple(found)
 
     def check_fits(self, model: TransformerBridge) -> None:
         """Raises a ValueError when a layer or a shape is not the model's, or the update is not finite."""

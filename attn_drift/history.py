@@ -20,6 +20,8 @@ class EditHistory:
         selected: share of the rewriting texts on which a restriction selected a head; None without a restriction.
         resulted: the weighted restriction term under the update as written, where the last row of ``restriction`` is
             that of what it looked at while the vector was optimised; None where it was not measured.
+        first_choice: per evaluation the share of the rewriting texts on which every token of the target is the model's
+            first choice; None where it was not measured.
     """
 
     COLUMNS: ClassVar[tuple[str, ...]] = ("loss", "nll", "kl", "decay", "restriction", "p_target")
@@ -27,6 +29,7 @@ class EditHistory:
     terms: Float[Tensor, "step term"]
     selected: Float[Tensor, "step layer head"] | None = None
     resulted: float | None = None
+    first_choice: Float[Tensor, " step"] | None = None
 
     def __len__(self) -> int:
         return len(self.terms)
@@ -34,10 +37,25 @@ class EditHistory:
     def __repr__(self) -> str:
         return f"EditHistory({len(self)} evaluations, loss {self.terms[0, 0]:.3g} -> {self.terms[-1, 0]:.3g})"
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against the edit: a loss that rose, a target that is not the first choice at the end."""
+        found = []
+        first, last = float(self.terms[0, 0]), float(self.terms[-1, 0])
+        if last > first:
+            found.append(f"the loss rose from {first:.3g} to {last:.3g}")
+        if self.first_choice is not None and self.first_choice[-1] < 1:
+            found.append(
+                f"the target is the first choice on {float(self.first_choice[-1]):.0%} of the rewriting texts "
+                f"(probability {float(self.terms[-1, -1]):.2g})"
+            )
+        return tuple(found)
+
     def to_frame(self) -> pd.DataFrame:
-        """The terms, one row per evaluation, and ``n_selected``: selected heads per text."""
+        """The terms, one row per evaluation, ``n_selected`` (selected heads per text) and ``first_choice``."""
         frame = pd.DataFrame(self.terms.numpy(), columns=pd.Index(self.COLUMNS))
         frame["n_selected"] = 0.0 if self.selected is None else self.selected.sum((1, 2)).numpy()
+        frame["first_choice"] = float("nan") if self.first_choice is None else self.first_choice.numpy()
         frame.index.name = "step"
         return frame
 
@@ -48,6 +66,8 @@ class EditHistory:
             tensors["selected"] = self.selected
         if self.resulted is not None:
             tensors["resulted"] = torch.tensor(self.resulted, dtype=torch.float64)
+        if self.first_choice is not None:
+            tensors["first_choice"] = self.first_choice
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @classmethod
@@ -57,8 +77,9 @@ class EditHistory:
         Raises:
             ValueError: names or shapes are not those of a history, or a term is no finite float.
         """
-        if "terms" not in tensors or not tensors.keys() <= {"terms", "selected", "resulted"}:
-            raise ValueError(f"a history has {sorted(tensors)}; expected 'terms' and perhaps 'selected', 'resulted'")
+        optional = ("selected", "resulted", "first_choice")
+        if "terms" not in tensors or not tensors.keys() <= {"terms", *optional}:
+            raise ValueError(f"a history has {sorted(tensors)}; expected 'terms' and perhaps {', '.join(optional)}")
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
                 raise ValueError(f"{name!r} of a history is not of finite floats")
@@ -71,4 +92,7 @@ class EditHistory:
             )
         if resulted is not None and resulted.ndim:
             raise ValueError(f"the resulting restriction has shape {tuple(resulted.shape)}; expected one number")
-        return cls(terms, selected, None if resulted is None else resulted.item())
+        first = tensors.get("first_choice")
+        if first is not None and first.shape != terms.shape[:1]:
+            raise ValueError(f"the first choices have shape {tuple(first.shape)}; expected [{len(terms)}]")
+        return cls(terms, selected, None if resulted is None else resulted.item(), first)

@@ -113,14 +113,14 @@ class OptimisedValue:
 
 @dataclass(eq=False)
 class _Terms:
-    """Weighted loss terms of each request at one evaluation."""
+    """Weighted loss terms of each request at one evaluation, and on which share of its texts the target comes first."""
 
     nll: Float[Tensor, " request"]
     kl: Float[Tensor, " request"]
     decay: Float[Tensor, " request"]
     restriction: Float[Tensor, " request"]
     p_target: Float[Tensor, " request"]
-    first_choice: Bool[Tensor, " request"]
+    first_choice: Float[Tensor, " request"]
     selected: Float[Tensor, "request layer head"] | None
 
     @property
@@ -184,20 +184,23 @@ class Optimisation:
         adam = torch.optim.Adam([self.delta], lr=self.config.learning_rate)
         active = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
         columns: list[Tensor] = []
+        first: list[Tensor] = []
         selected: list[Tensor] = []
         lengths = torch.zeros(len(self.delta), dtype=torch.long)
         for step in range(self.config.steps):
             terms = self._terms()
+            self._check_finite(terms, step)
             columns.append(self._of_all(terms.columns()))
+            first.append(self._of_all(terms.first_choice.cpu()))
             if terms.selected is not None:
                 selected.append(self._of_all(terms.selected.cpu()))
             lengths += active.cpu()
             active[self.present] &= ~self._done(terms)
             if step == self.config.steps - 1 or not active.any():
                 break
-            self._step(adam, terms, active)
+            self._step(adam, terms, active, step)
             self._leave(active)
-        return self._results(columns, selected, lengths.tolist())
+        return self._results(columns, first, selected, lengths.tolist())
 
     def _of_all(self, part: Float[Tensor, "present *rest"]) -> Float[Tensor, "request *rest"]:
         """Rows of all requests, zero for those that have left."""
@@ -210,8 +213,9 @@ class Optimisation:
         done = terms.loss.detach() < self.config.stop_loss
         settled = self.config.settled
         if settled is not None:
-            done |= terms.first_choice & (terms.kl.detach() <= settled.kl)
-            self.nll_weight[self.present] = torch.where(terms.first_choice, settled.nll, 1.0).to(self.nll_weight)
+            everywhere = terms.first_choice == 1
+            done |= everywhere & (terms.kl.detach() <= settled.kl)
+            self.nll_weight[self.present] = torch.where(everywhere, settled.nll, 1.0).to(self.nll_weight)
         return done
 
     def _leave(self, active: Bool[Tensor, " request"]) -> None:
@@ -267,28 +271,65 @@ class Optimisation:
             decay=config.weight_decay * sizes.sum(1),
             restriction=self._mean_per_request(penalty.loss),
             p_target=self._mean_per_request((-nll.detach() * n_tokens).exp()),
-            first_choice=missed == 0,
+            first_choice=1 - missed,
             selected=None if penalty.selected is None else self._mean_per_request(penalty.selected),
         )
 
-    def _step(self, adam: torch.optim.Adam, terms: _Terms, active: Bool[Tensor, " request"]) -> None:
-        """One step of Adam for the requests that are not done, and the projection on the ball."""
-        (self.delta.grad,) = torch.autograd.grad(terms.loss.sum(), self.delta)
+    def _check_finite(self, terms: _Terms, step: int) -> None:
+        """Raises a FloatingPointError that names a request whose loss is not finite."""
+        broken = ~torch.isfinite(terms.loss)
+        if broken.any():
+            place = int(broken.nonzero()[0, 0])
+            named = {
+                name: f"{float(getattr(terms, name)[place]):.3g}" for name in ("nll", "kl", "decay", "restriction")
+            }
+            raise self._overflow(int(self.present[place]), step, f"its loss is not finite: {named}")
+
+    def _overflow(self, request: int, step: int, what: str) -> FloatingPointError:
+        config = self.config
+        return FloatingPointError(
+            f"the optimization of {self.texts[request].request.question!r} overflows at step {step}: {what}. Lower the "
+            f"learning_rate ({config.learning_rate:g}) or a weight (kl_factor {config.kl_factor:g}, weight_decay "
+            f"{config.weight_decay:g}, that of a restriction), or load the model in a wider dtype"
+        )
+
+    def _step(self, adam: torch.optim.Adam, terms: _Terms, active: Bool[Tensor, " request"], step: int) -> None:
+        """One step of Adam for the requests that are not done, and the projection on the ball.
+
+        Raises:
+            FloatingPointError: Adam's squares of the gradient, or the vector after the step, overflow; such a vector
+                would come out as zero.
+        """
+        (gradient,) = torch.autograd.grad(terms.loss.sum(), self.delta)
+        steep = gradient.norm(dim=2).amax(1)
+        if not torch.isfinite(steep).all():
+            request = int((~torch.isfinite(steep)).nonzero()[0, 0])
+            raise self._overflow(request, step, f"its gradient's greatest entry is {gradient[request].abs().max():.3g}")
+        self.delta.grad = gradient
         before = self.delta.detach().clone()
         adam.step()
         with torch.no_grad():
-            radius = self.config.clamp * self.v0_norm
-            shrink = (radius / self.delta.norm(dim=2).clamp(min=torch.finfo(self.delta.dtype).tiny)).clamp(max=1)
+            radius, size = self.config.clamp * self.v0_norm, self.delta.norm(dim=2)
+            if not torch.isfinite(size).all():
+                request = int((~torch.isfinite(size)).nonzero()[0, 0])
+                raise self._overflow(request, step, f"the step has entries of {self.delta[request].abs().max():.3g}")
+            shrink = (radius / size.clamp(min=torch.finfo(self.delta.dtype).tiny)).clamp(max=1)
             self.delta.copy_(torch.where(active[:, None, None], self.delta * shrink[..., None], before))
 
-    def _results(self, columns: list[Tensor], selected: list[Tensor], lengths: list[int]) -> list[OptimisedValue]:
-        terms = torch.stack(columns, dim=1)
+    def _results(
+        self, columns: list[Tensor], first: list[Tensor], selected: list[Tensor], lengths: list[int]
+    ) -> list[OptimisedValue]:
+        terms, shares = torch.stack(columns, dim=1), torch.stack(first, dim=1)
         heads = torch.stack(selected, dim=1) if selected else None
         return [
             OptimisedValue(
                 deltas=self.delta[r].detach().clone(),
                 v0s=self.v0[r].clone(),
-                history=EditHistory(terms[r, :n].clone(), None if heads is None else heads[r, :n].clone()),
+                history=EditHistory(
+                    terms[r, :n].clone(),
+                    None if heads is None else heads[r, :n].clone(),
+                    first_choice=shares[r, :n].clone(),
+                ),
             )
             for r, n in enumerate(lengths)
         ]

@@ -119,10 +119,13 @@ def finished(
     """Edits of batches of requests, from the updates of each and the histories of all requests in order."""
     method = {"editor": editor, "config": asdict(config), "restrict": None if restrict is None else repr(restrict)}
     identity, remaining = fingerprint(model), iter(histories)
-    return [
+    edits = [
         Edit(update, tuple(batch), identity, model.cfg.model_name, method, tuple(islice(remaining, len(batch))))
         for batch, update in zip(batches, updates, strict=True)
     ]
+    if doubtful := [edit for edit in edits if edit.doubts]:
+        log.warning("%d of %d edits are in doubt, such as %r", len(doubtful), len(edits), doubtful[0])
+    return edits
 
 
 def warn_of_explosion(model: TransformerBridge, edit: Edit, moments: Mapping[int, SecondMoment]) -> None:
