@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attn_drift.attention import AttentionCapture
+from attn_drift.checks import check_list
 from attn_drift.restriction import DIVERGENCES
 from attn_drift.tokens import subject_span
 
@@ -119,9 +120,10 @@ def subject_attention(capture: AttentionCapture, subject: str | Sequence[str]) -
         subject: one for all texts, or one for each.
 
     Raises:
-        ValueError: a subject does not occur in its text, or there are not as many as texts.
+        ValueError: a subject is no text or does not occur in its text, or there are not as many as texts.
     """
-    subjects = [subject] * len(capture) if isinstance(subject, str) else list(subject)
+    several = [subject] * len(capture) if isinstance(subject, str) else subject
+    subjects = check_list(several, "subject", "a text, or a list of one for each captured text")
     if len(subjects) != len(capture):
         raise ValueError(f"{len(subjects)} subjects were given for {len(capture)} texts; expected one for each")
     last, everything = [], []

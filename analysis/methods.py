@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -130,8 +130,7 @@ class Method:
         if self.editor is None:
             return BoundMethod(self, None, None)
         editor = EDITORS[self.editor]
-        preset: Config = editor.config.for_model(model)
-        config = replace(preset, **{**editor.own, **self.settings})
+        config: Config = editor.config.for_model(model, **{**editor.own, **self.settings})
         for layer in config.layers:
             check_layer(model, layer)
         if self.restriction is None:
@@ -183,11 +182,13 @@ class BoundMethod:
         """Steps of the optimiser; 0 for the unedited model."""
         return 0 if self.config is None else self.config.steps
 
-    def edits(self, requests: Sequence[EditRequest], supplies: Supplies) -> list[Edit] | None:
+    def edits(self, requests: EditRequest | Sequence[EditRequest], supplies: Supplies) -> list[Edit] | None:
         """An edit for each request; None for the unedited model."""
         return None if self.config is None else single_edits(supplies, requests, self.config, self.restrict)
 
-    def edit(self, requests: Sequence[EditRequest], supplies: Supplies, after: Edit | None = None) -> Edit | None:
+    def edit(
+        self, requests: EditRequest | Sequence[EditRequest], supplies: Supplies, after: Edit | None = None
+    ) -> Edit | None:
         """One edit of all requests, made while an earlier one is in effect; None for the unedited model."""
         return None if self.config is None else one_edit(supplies, requests, self.config, self.restrict, after)
 
@@ -205,26 +206,25 @@ class BoundMethod:
 
 
 def single_edits(
-    supplies: Supplies, requests: Sequence[EditRequest], config: Config, restrict: Restriction | None
+    supplies: Supplies, requests: EditRequest | Sequence[EditRequest], config: Config, restrict: Restriction | None
 ) -> list[Edit]:
     """An edit for each request, optimised together, by the editor whose settings are given.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or something else is among them.
     """
-    listed(requests)
+    several = listed(requests)
     contexts = supplies.contexts(config.context_lengths)
     if isinstance(config, ROMEConfig):
         moment = supplies.moment(config.layer)
-        return rome(supplies.model, list(requests), config=config, contexts=contexts, moment=moment, restrict=restrict)
-    batches = [[request] for request in requests]
+        return rome(supplies.model, several, config=config, contexts=contexts, moment=moment, restrict=restrict)
     moments = supplies.moments(config.layers)
-    return edit_batches(supplies.model, batches, config, contexts=contexts, moments=moments, restrict=restrict)
+    return edit_batches(supplies.model, several, config, contexts=contexts, moments=moments, restrict=restrict)
 
 
 def one_edit(
     supplies: Supplies,
-    requests: Sequence[EditRequest],
+    requests: EditRequest | Sequence[EditRequest],
     config: Config,
     restrict: Restriction | None,
     after: Edit | None = None,
@@ -232,7 +232,7 @@ def one_edit(
     """One edit of all requests, made while an earlier one is in effect; by ROME the sum of single edits.
 
     Raises:
-        ValueError: there are no requests, or one fact is asked for twice.
+        ValueError: there are no requests, something else is among them, or one fact is asked for twice.
     """
     check_batches([requests])
     # Before an edit is in effect: contexts and moments are those of the unedited model.

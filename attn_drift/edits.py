@@ -46,8 +46,10 @@ class Edit:
         facts = ", ".join(f"{request.question!r} -> {request.target_new!r}" for request in self.requests[:3])
         more = f" and {len(self.requests) - 3} more" if len(self.requests) > 3 else ""
         where = ", ".join(f"L{layer} rank {update.rank}" for layer, update in self.updates.items())
+        restrictions = [str(leaf.method["restrict"]) for leaf in self.leaves() if leaf.method.get("restrict")]
+        how = ", ".join([where, *dict.fromkeys(restrictions)])
         doubt = f"; in doubt: {self.doubts[0]}" if self.doubts else ""
-        return f"Edit({self.method.get('editor', 'edit')} of {self.model_name}, {where}: {facts}{more}{doubt})"
+        return f"Edit({self.method.get('editor', 'edit')} of {self.model_name}, {how}: {facts}{more}{doubt})"
 
     @property
     def history(self) -> EditHistory | None:

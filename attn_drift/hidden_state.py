@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.checks import check_fields, check_number, check_wholes
 from attn_drift.hooks import stream_point
 from attn_drift.restriction import Penalty, restricted_layers
 from attn_drift.rewriting import RewritingBatch
@@ -34,10 +34,9 @@ class HiddenState:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < inf:
-            raise ValueError(f"the weight is {self.weight}; expected a number of at least 0")
+        check_fields(self, check_number, "weight", at_least=0)
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            check_fields(self, check_wholes, "layers")
 
     def bind(self, model: TransformerBridge, layer: int) -> "BoundHiddenState":
         """The loss term for an edit of ``layer``.

@@ -35,7 +35,17 @@ class EditHistory:
         return len(self.terms)
 
     def __repr__(self) -> str:
-        return f"EditHistory({len(self)} evaluations, loss {self.terms[0, 0]:.3g} -> {self.terms[-1, 0]:.3g})"
+        return f"EditHistory({len(self)} evaluations, {self._course('loss')}{self._restriction()})"
+
+    def _course(self, term: str) -> str:
+        """A term at the first and at the last evaluation."""
+        column = self.terms[:, self.COLUMNS.index(term)]
+        return f"{term} {column[0]:.3g} -> {column[-1]:.3g}"
+
+    def _restriction(self) -> str:
+        """What a restriction came to; nothing without one."""
+        written = "" if self.resulted is None else f", {self.resulted:.3g} as written"
+        return f", {self._course('restriction')}{written}" if written or self.selected is not None else ""
 
     @property
     def doubts(self) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ vectors at several sites (PMET), delta and v0 have a row for each, and the decay
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget
+from attn_drift.checks import check_fields, check_kind, check_number, check_whole
 from attn_drift.history import EditHistory
 from attn_drift.passes import Deltas, Pass, RecomputedPass, SuffixPass, WholePass, Witness
 from attn_drift.restriction import LossTerm, Penalty
@@ -45,8 +45,7 @@ class Settled:
     kl: float = 0.01
 
     def __post_init__(self) -> None:
-        if not (0 <= self.nll < inf and 0 <= self.kl < inf):
-            raise ValueError(f"nll is {self.nll} and kl {self.kl}; expected neither to be negative")
+        check_fields(self, check_number, "nll", "kl", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ class ValueConfig:
         weight_decay: weight of ``|delta| / |v0|^2``, a norm over a squared norm.
         clamp: radius of the ball that delta is kept in, in units of ``|v0|``.
         kl_factor: weight of the essence term.
-        stop_loss: a request whose loss is below it is done.
+        stop_loss: a request whose loss is below it is done; negative for no early stop.
         settled: a further rule for when it is done; none when None.
     """
 
@@ -72,18 +71,12 @@ class ValueConfig:
     settled: Settled | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; expected at least 1")
-        if not (0 < self.learning_rate < inf and 0 < self.clamp < inf):
-            raise ValueError(
-                f"learning_rate is {self.learning_rate} and clamp {self.clamp}; expected both to be positive"
-            )
-        if not (0 <= self.weight_decay < inf and 0 <= self.kl_factor < inf):
-            raise ValueError(
-                f"weight_decay is {self.weight_decay} and kl_factor {self.kl_factor}; expected neither to be negative"
-            )
-        if not isfinite(self.stop_loss):
-            raise ValueError(f"stop_loss is {self.stop_loss}; expected a number, negative for no early stop")
+        check_fields(self, check_whole, "steps", at_least=1)
+        check_fields(self, check_number, "learning_rate", "clamp", above=0)
+        check_fields(self, check_number, "weight_decay", "kl_factor", at_least=0)
+        check_fields(self, check_number, "stop_loss")
+        if self.settled is not None:
+            check_kind(self.settled, Settled, "settled", "a rule such as Settled(), or None")
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from attn_drift.checks import check_list, check_text
+
 SLOT = "{}"
 
 
 def _check_template(template: str, what: str) -> None:
+    check_text(template, what)
     count = template.count(SLOT)
     if count != 1:
         raise ValueError(f"{what} {template!r} has {count} places {SLOT}; expected exactly one")
+
+
+def _check_words(text: str, name: str, expected: str) -> None:
+    check_text(text, name)
+    if not text.strip():
+        raise ValueError(f"{name} is {text!r}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,8 @@ class EditRequest:
         rephrasings: further wordings of the question, each with one ``{}``.
 
     Raises:
-        ValueError: a template without exactly one ``{}``, an empty subject or target, equal targets.
+        ValueError: a template without exactly one ``{}``, an empty subject or target, equal targets, or anything that
+            is not text.
     """
 
     prompt: str
@@ -35,15 +45,16 @@ class EditRequest:
     rephrasings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rephrasings", tuple(self.rephrasings))
+        rephrasings = check_list(self.rephrasings, "rephrasings", "a list of templates, such as ('The {} is',)")
+        object.__setattr__(self, "rephrasings", tuple(rephrasings))
         for template in self.wordings:
             _check_template(template, "the prompt")
-        if not self.subject.strip() or SLOT in self.subject:
+        _check_words(self.subject, "the subject", "the words that name the edited entity")
+        if SLOT in self.subject:
             raise ValueError(f"the subject is {self.subject!r}; expected the words that name the edited entity")
-        if not self.target_new.strip():
-            raise ValueError(f"target_new is {self.target_new!r}; expected the object that the model shall answer")
-        if self.target_true is not None and not self.target_true.strip():
-            raise ValueError(f"target_true is {self.target_true!r}; expected the old object, or None where unknown")
+        _check_words(self.target_new, "target_new", "the object that the model shall answer")
+        if self.target_true is not None:
+            _check_words(self.target_true, "target_true", "the old object, or None where unknown")
         if self.target_true is not None and self.target_new.strip() == self.target_true.strip():
             raise ValueError(
                 f"target_new and target_true are both {self.target_new!r}; expected an object that differs from the old"
@@ -73,10 +84,9 @@ def check_contexts(contexts: Sequence[str]) -> list[str]:
     """The contexts with the empty one, ``"{}"``, in front.
 
     Raises:
-        ValueError: a context that does not end in its only ``{}`` (the object follows the prompt).
+        ValueError: no list of texts, or a context that does not end in its only ``{}`` (the object follows the prompt).
     """
-    if isinstance(contexts, str):
-        raise ValueError(f"contexts is the text {contexts!r}; expected a sequence of templates")
+    contexts = check_list(contexts, "contexts", "a list of templates, such as ['{}', 'In town. {}']")
     for context in contexts:
         _check_template(context, "the context")
         if not context.endswith(SLOT):
@@ -84,23 +94,21 @@ def check_contexts(contexts: Sequence[str]) -> list[str]:
     return [SLOT, *(context for context in contexts if context != SLOT)]
 
 
-def find_subject(text: str, subject: str, start: int = 0) -> tuple[int, int]:
+def find_subject(text: str, subject: str) -> tuple[int, int]:
     """Characters of the last occurrence of ``subject`` in ``text``: as whole words where there is such a one.
 
     Args:
         text: where to look.
         subject: what to look for.
-        start: the first character at which an occurrence counts.
 
     Raises:
-        ValueError: the subject is empty or does not occur.
+        ValueError: the subject is no text, empty, or does not occur.
     """
-    if not subject.strip():
-        raise ValueError(f"the subject is empty ({subject!r}); expected the words that name the edited entity")
+    _check_words(subject, "the subject", "the words that name the edited entity")
     subject = subject.strip()
     # Looked ahead to, since occurrences may overlap.
-    whole_words = list(re.compile(rf"(?<!\w)(?={re.escape(subject)}(?!\w))").finditer(text, start))
-    found = whole_words[-1].start() if whole_words else text.rfind(subject, start)
+    whole_words = list(re.compile(rf"(?<!\w)(?={re.escape(subject)}(?!\w))").finditer(text))
+    found = whole_words[-1].start() if whole_words else text.rfind(subject)
     if found < 0:
         raise ValueError(f"the subject {subject!r} does not occur in {text!r}")
     return found, found + len(subject)

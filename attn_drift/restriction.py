@@ -8,7 +8,8 @@
 nothing of attention, and nothing here knows an editor.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -18,11 +19,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.checks import (
+    check_choice,
+    check_fields,
+    check_list,
+    check_number,
+    check_pair,
+    check_whole,
+    check_wholes,
+    describe,
+)
 from attn_drift.hooks import pattern_point
 from attn_drift.models import check_layer
 from attn_drift.rewriting import RewritingBatch
 
 FLOOR = 1e-8
+
+HEAD_LABEL = re.compile(r"L(\d{1,6})H(\d{1,6})", re.ASCII)
 
 Rows = Float[Tensor, "layer text head query key"]
 Distributions = Float[Tensor, "*batch key"]
@@ -74,6 +87,21 @@ class Restriction(Protocol):
         ...
 
 
+def bind_restriction(restrict: object, model: TransformerBridge, layer: int) -> LossTerm | None:
+    """The term of a restriction for an edit of ``layer``; None where there is none.
+
+    Raises:
+        ValueError: anything but one restriction, or settings that the model cannot meet.
+    """
+    if restrict is None:
+        return None
+    # The class of a restriction has all of its methods, but no settings.
+    if isinstance(restrict, type) or not isinstance(restrict, Restriction):
+        one = "one, several at once are not supported" if isinstance(restrict, list | tuple | Set) else "a restriction"
+        raise ValueError(f"restrict is {describe(restrict)}; expected {one}: SADR(gamma=0.01), for example")
+    return restrict.bind(model, layer)
+
+
 @runtime_checkable
 class HeadRule(Protocol):
     """Which heads are held: attention to the subject-last token, vanilla and edited, to a selection."""
@@ -104,8 +132,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k is {self.k}; expected at least one head")
+        check_fields(self, check_whole, "k", at_least=1)
 
     def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
         drift = (edited - vanilla).permute(1, 3, 0, 2)
@@ -121,15 +148,36 @@ class Margin:
 
     margin: float
 
+    def __post_init__(self) -> None:
+        check_fields(self, check_number, "margin")
+
     def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
         return edited > vanilla + self.margin
 
 
+def _parse_head(head: object) -> tuple[int, int]:
+    """Layer and index of a head that is given as a label or as a pair."""
+    if isinstance(head, str) and (label := HEAD_LABEL.fullmatch(head)):
+        return int(label[1]), int(label[2])
+    return check_pair(head, "a head", "a label such as 'L4H3', or a pair (layer, head)", at_least=0)
+
+
 @dataclass(frozen=True)
 class FixedHeads:
-    """A fixed set of ``(layer, head)``."""
+    """A fixed set of heads, given as labels such as ``"L4H3"`` or as pairs ``(layer, head)``.
+
+    Attributes:
+        heads: the pairs.
+
+    Raises:
+        ValueError: something in it is no head.
+    """
 
     heads: frozenset[tuple[int, int]]
+
+    def __init__(self, heads: str | Iterable[str | Sequence[int]]) -> None:
+        given = [heads] if isinstance(heads, str) else check_list(heads, "heads", "a list of heads, such as ['L4H3']")
+        object.__setattr__(self, "heads", frozenset(map(_parse_head, given)))
 
     def __call__(self, vanilla: Subject, edited: Subject, layers: Sequence[int]) -> Selected:
         selected = torch.zeros_like(edited, dtype=torch.bool)
@@ -202,16 +250,15 @@ class SADR:
     queries: Literal["prompt_last", "after_subject"] = "prompt_last"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gamma < float("inf"):
-            raise ValueError(f"gamma is {self.gamma}; expected a number of at least 0")
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"the divergence is {self.divergence!r}; expected one of {list(DIVERGENCES)}")
-        if not callable(self.heads):
-            raise ValueError(f"heads is {self.heads!r}; expected a rule such as LayerMax() or TopK(8)")
+        check_fields(self, check_number, "gamma", at_least=0)
+        check_fields(self, check_choice, "divergence", choices=list(DIVERGENCES))
+        check_fields(self, check_choice, "queries", choices=["prompt_last", "after_subject"])
+        # A class is callable, too, and would fail when it is called with patterns.
+        if isinstance(self.heads, type) or not callable(self.heads):
+            rules = "LayerMax() or FixedHeads(['L4H3'])"
+            raise ValueError(f"heads is {describe(self.heads)}; expected a rule such as {rules}")
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if self.queries not in ("prompt_last", "after_subject"):
-            raise ValueError(f"queries is {self.queries!r}; expected 'prompt_last' or 'after_subject'")
+            check_fields(self, check_wholes, "layers")
 
     def restricted_layers(self, model: TransformerBridge, layer: int) -> tuple[int, ...]:
         """The layers that are restricted for an edit of ``layer``.

@@ -9,10 +9,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget, Size, parted
-from attn_drift.requests import SLOT, EditRequest, check_contexts, fill, find_subject
+from attn_drift.requests import SLOT, EditRequest, check_contexts, fill
 from attn_drift.tokens import Completion, TokenBatch, Tokens, align, encode, encode_completion, pad
 
 IGNORED = -100
+
+# Whose next-token distribution at the subject is kept.
+ESSENCE = "{} is a"
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,21 @@ def request_texts(model: TransformerBridge, request: EditRequest, contexts: Sequ
     spare = max(0, len(contexts) - len(pairs))
     pairs += [(context, j % len(wordings)) for j, context in enumerate(contexts[1 : 1 + spare])]
     rewriting = tuple(_rewriting_text(model, request, context, wording) for context, wording in pairs)
-    essence = encode(model, f"{request.subject} is a")
-    subject_end = find_subject(essence.text, request.subject)[1]
-    return RequestTexts(request, rewriting, essence, essence.last_covering(subject_end - 1))
+    essence = encode(model, fill(ESSENCE, request.subject))
+    return RequestTexts(request, rewriting, essence, _subject_last(essence, ESSENCE.index(SLOT), request.subject))
 
 
 def _rewriting_text(model: TransformerBridge, request: EditRequest, context: str, wording: int) -> RewritingText:
-    template = fill(context, request.wordings[wording])
-    prompt = fill(template, request.subject)
+    template = request.wordings[wording]
+    prompt = fill(context, fill(template, request.subject))
     completion = encode_completion(model, prompt, request.target_new)
-    # The place in the template is an occurrence; another may follow it.
-    subject_end = find_subject(prompt, request.subject, template.index(SLOT))[1]
-    return RewritingText(completion, completion.tokens.last_covering(subject_end - 1), wording)
+    slot = context.index(SLOT) + template.index(SLOT)
+    return RewritingText(completion, _subject_last(completion.tokens, slot, request.subject), wording)
+
+
+def _subject_last(tokens: Tokens, slot: int, subject: str) -> int:
+    """The last token that covers the last character of a subject that was filled in at ``slot``, spaces aside."""
+    return tokens.last_covering(slot + len(subject.rstrip()) - 1)
 
 
 @dataclass(frozen=True)

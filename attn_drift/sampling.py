@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.checks import check_kind
 from attn_drift.files import cache_path, keeping, replacing
 from attn_drift.hooks import is_hooked
 from attn_drift.models import origin
@@ -44,7 +45,11 @@ def sample_contexts(
         generator: a seed is drawn from it; 0 when None.
         lengths: pairs of a length in tokens and how many texts of it there are for each of the five first words:
             ROME's ten of 5 and ten of 10 tokens by default.
+
+    Raises:
+        ValueError: the generator is none (a number, for instance).
     """
+    check_generator(generator)
     # Drawn whether or not the cache will be hit, so that a cache does not change the generator's state.
     seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
     if is_hooked(model):
@@ -60,6 +65,12 @@ def sample_contexts(
     with keeping(), replacing(path) as temporary:
         temporary.write_text(json.dumps(contexts), encoding="utf-8")
     return contexts
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raises a ValueError for a seed, or anything else, where a generator is wanted."""
+    if generator is not None:
+        check_kind(generator, torch.Generator, "generator", "a seeded one: torch.Generator().manual_seed(0)")
 
 
 def _sample_contexts(model: TransformerBridge, seed: int, lengths: tuple[tuple[int, int], ...]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from attn_drift.checks import check_text
 from attn_drift.requests import find_subject
 
 
@@ -116,7 +117,7 @@ def encode(model: TransformerBridge, text: str) -> Tokens:
     """Tokenizes one text as the tokenizer itself would (BOS only where its own convention adds one).
 
     Raises:
-        ValueError: an empty text, or one longer than the model's context.
+        ValueError: no text, an empty one, one that is not Unicode, or one longer than the model's context.
     """
     tokens = _tokenize(model, text)
     limit = model.cfg.n_ctx
@@ -132,7 +133,7 @@ def encode_windows(model: TransformerBridge, text: str) -> list[Tokens]:
     """Tokenizes a text of any length, cut into consecutive parts that fit the model's context.
 
     Raises:
-        ValueError: an empty text.
+        ValueError: no text, an empty one, or one that is not Unicode.
     """
     tokens, limit = _tokenize(model, text), model.cfg.n_ctx
     return [
@@ -141,6 +142,7 @@ def encode_windows(model: TransformerBridge, text: str) -> list[Tokens]:
 
 
 def _tokenize(model: TransformerBridge, text: str) -> Tokens:
+    check_text(text, "the text")
     if not text:
         raise ValueError("the text is empty; expected at least one character")
     encoded = own_tokenizer(model)(text, return_offsets_mapping=True, return_special_tokens_mask=True)

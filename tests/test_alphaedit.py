@@ -123,7 +123,7 @@ def test_errors_are_named(make_model: Make) -> None:
     )
     with pytest.raises(ValueError, match="does not tell which keys it serves"):
         alphaedit(model, SECOND, config=config, contexts=CONTEXTS, moments=moments_of(model), after=plain)
-    with pytest.raises(ValueError, match=r"nullspace_threshold is 0\.02 and l2 0"):
+    with pytest.raises(ValueError, match=r"l2 is 0\.0; expected a finite number above 0"):
         AlphaEditConfig(layers=(0,), l2=0.0)
     with pytest.raises(ValueError, match=r"those of \[0\] are missing"):
         alphaedit(model, FIRST, config=config, contexts=CONTEXTS, moments={})

@@ -110,7 +110,7 @@ def test_bad_settings_are_named(make_model: Make) -> None:
     for layers in ((), (1, 0), (1, 1)):
         with pytest.raises(ValueError, match="expected at least one, ascending, each once"):
             MEMITConfig(layers=layers)
-    with pytest.raises(ValueError, match=r"moment_weight is 0\.0 and ridge"):
+    with pytest.raises(ValueError, match=r"moment_weight is 0\.0; expected a finite number above 0"):
         MEMITConfig(layers=(0,), moment_weight=0.0)
     model = make_model("gpt2")
     moments = moments_of(model)

@@ -47,6 +47,40 @@ def test_gamma_scales_with_the_heads_at_another_layer(demo: TransformerBridge) -
     assert [preset_gamma("rome", demo, layer) for layer in (2, 0, 4)] == [0.1, 0.06, 0.3]
 
 
+def test_what_was_chosen_by_depth_is_said_once_and_only_where_it_is_true(
+    make_model: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model("gpt2")
+    for name in ("rome:layer=1", "r-rome:layer=0:steps=3", "memit:layers=0-1", "rome+sadr:layer=1:gamma=0.1"):
+        Method.parse(name).bind(model)
+    assert ad.ROMEConfig.for_model(model, layer=0) == ad.ROMEConfig(layer=0)
+    assert ad.MEMITConfig.for_model(model, layers=(0,), ridge=0) == ad.MEMITConfig(layers=(0,), ridge=0)
+    assert not caplog.text
+    for name in ("rome", "rome:steps=3", "r-rome", "memit", "memit:steps=2", "pmet"):
+        Method.parse(name).bind(model)
+    assert [record.getMessage().partition(" was chosen")[0].partition(" were")[0] for record in caplog.records] == [
+        f"{model.cfg.model_name} has no preset for ROME: layer 1 of 3",
+        f"{model.cfg.model_name} has no preset for memit: layers 0 to 1 of 3",
+        f"{model.cfg.model_name} has no preset for pmet: layers 0 to 1 of 3",
+    ]
+    caplog.clear()
+    for layer in (0, 0, 1, 1):
+        Method.parse(f"rome+sadr:layer={layer}").bind(model)
+    assert ["at layer 0" in text for text in caplog.messages] == [True, False]
+    caplog.clear()
+    ad.ROMEConfig.for_model(make_model("gpt2"))
+    assert "layer 1 of 3 was chosen by depth" in caplog.text, "another model is another matter"
+
+
+def test_settings_given_take_the_place_of_the_presets(demo: TransformerBridge) -> None:
+    preset = ad.ROMEConfig.for_model(demo)
+    given = ad.ROMEConfig.for_model(demo, layer=1, clamp=2.0)
+    assert given == replace(preset, layer=1, clamp=2.0) != ad.ROMEConfig(layer=1, clamp=2.0)
+    assert ad.PMETConfig.for_model(demo, layers=(1, 2)) == replace(ad.PMETConfig.for_model(demo), layers=(1, 2))
+    with pytest.raises(ValueError, match="steps is 0"):
+        ad.MEMITConfig.for_model(demo, steps=0)
+
+
 def test_edits_are_those_of_the_function(small: TransformerBridge) -> None:
     request = ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano")
     method = Method.parse("rome+sadr:gamma=0.3:layer=0:steps=3").bind(small)

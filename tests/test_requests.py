@@ -18,7 +18,7 @@ from analysis.specificity import score
 from attn_drift.cases import Case, Probe
 from attn_drift.requests import fill, find_subject
 from attn_drift.rewriting import request_texts, rewriting_batch
-from attn_drift.tokens import encode, encode_completion, pad, subject_span
+from attn_drift.tokens import Tokens, encode, encode_completion, pad, subject_span
 
 Make = Callable[..., TransformerBridge]
 WORDS = st.text(alphabet="abcé 京Ada.,'-", min_size=1, max_size=6).filter(str.strip)
@@ -44,7 +44,7 @@ def test_positions_from_offsets_are_those_of_the_characters(
     ids = text.completion.tokens.ids
     tokenizer = make_tokenizer(bos)
     prompt = fill(template, subject)
-    end = find_subject(prompt, subject)[1]
+    end = len(before) + 1 + len(subject.rstrip())
     spelled = tokenizer.decode(ids[: text.subject_last + 1], skip_special_tokens=True)
     # A token may reach over the subject's end only where the tokenizer merges characters across it.
     assert spelled.rstrip("�").startswith(prompt[: end - 1])
@@ -83,6 +83,54 @@ def test_subject_that_is_part_of_a_word_at_its_place(small: TransformerBridge) -
     request = ad.EditRequest("{}n towns are", "Ada", "a town")
     plain, after = request_texts(small, request, ["{}", "I met Ada. {}"]).rewriting
     assert after.subject_last - plain.subject_last == len(after.completion.tokens) - len(plain.completion.tokens)
+
+
+SLOTS = [
+    ("anti{}ism grew in Algeria and the", "Al"),
+    ("{} is in town and Ada plays the", "Ada"),
+    ("I met Ada and {} and Ada of Ada. Ada", "Ada"),
+    ("the friend of {} is a friend of", "friend"),
+    ("In town {}", " Ada "),
+    ("{} is", "is"),
+    ("a{} plays a", "a"),
+]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(("prompt", "subject"), SLOTS)
+def test_the_subject_is_where_the_slot_is(prompt: str, subject: str, bos: bool) -> None:
+    """Wherever else it occurs: in contexts, in each wording, in the essence text."""
+    model = bridge(bos)
+    request = ad.EditRequest(prompt, subject, "cello").rephrased("The man who met {} was " + subject.strip())
+    contexts = ["{}", f"{subject.strip()} met a friend. {{}}", f"I. {subject.strip()} {{}}"]
+    texts = request_texts(model, request, contexts)
+    for text, context in zip(texts.rewriting, ["{}", "{}", contexts[1]], strict=True):
+        before, _ = request.wordings[text.wording].split("{}")
+        end = len(context) - 2 + len(before) + len(subject.rstrip())
+        assert text.completion.tokens.text[:end].endswith(subject.strip())
+        covered_by_last(text.completion.tokens, text.subject_last, end - 1)
+    assert texts.essence.text == f"{subject} is a"
+    covered_by_last(texts.essence, texts.essence_subject_last, len(subject.rstrip()) - 1)
+
+
+def test_braces_at_the_seam_of_context_and_prompt_are_no_slot(small: TransformerBridge) -> None:
+    text = request_texts(small, ad.EditRequest("}{} plays", "Ada", "cello"), ["{}", "In {{}"]).rewriting[1]
+    assert text.completion.tokens.text.startswith("In {}Ada plays")
+    covered_by_last(text.completion.tokens, text.subject_last, len("In {}Ada") - 1)
+
+
+def covered_by_last(tokens: Tokens, index: int, char: int) -> None:
+    """The token is the last one that covers a character."""
+    assert [i for i, (start, stop) in enumerate(tokens.offsets) if start <= char < stop][-1] == index
+
+
+@pytest.mark.parametrize("subject", ["is", "a", "is a", "Ada is a", "i", "s"])
+def test_the_essence_text_is_read_at_the_subject(subject: str) -> None:
+    for bos in (False, True):
+        model = bridge(bos)
+        texts = request_texts(model, ad.EditRequest("{} plays the", subject, "cello"), ["{}"])
+        head = texts.essence.ids[: texts.essence_subject_last + 1]
+        assert make_tokenizer(bos).decode(head, skip_special_tokens=True) == subject
 
 
 def test_columns_under_left_padding(make_model: Make) -> None:

@@ -1,12 +1,13 @@
 """SADR's choices: head rules, divergences, layers, query rows, each against plain loops."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rome import CONTEXTS, MIDDLE, START
+from test_rome import CONTEXTS, MIDDLE, START, moment_of
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformer_lens.model_bridge import TransformerBridge
@@ -126,6 +127,26 @@ def test_selection_is_reported_for_the_layers_it_is_of(make_model: Make) -> None
     expected[2, 1] = 1
     assert torch.equal(edit.history.selected, expected.expand(len(edit.history), 3, 4))
     assert edit.history.to_frame()["n_selected"].tolist() == [1.0] * len(edit.history)
+
+
+def test_the_restriction_shows(make_model: Make, tmp_path: Path) -> None:
+    """In the short texts of edits, of sums, of what was saved, and of histories."""
+    model = make_model("gpt2")
+    options = {"config": ad.ROMEConfig(layer=0, steps=3), "contexts": ["{}"], "moment": moment_of(model, 0)}
+    request = ad.EditRequest(START, "Ada Bellini", "cello")
+    rules = [None, ad.SADR(gamma=0.2), ad.SADR(gamma=0.2, heads=ad.AllHeads()), ad.HiddenState(weight=1.0)]
+    edits = [ad.rome(model, request, restrict=rule, **options) for rule in rules]
+    assert len({repr(edit) for edit in edits}) == 4 and "SADR" not in repr(edits[0])
+    for rule, edit in zip(rules[1:], edits[1:], strict=True):
+        assert f"L0 rank 1, {rule}: 'Ada Bellini plays the' -> 'cello'" in repr(edit)
+        edit.save(tmp_path / "edit.safetensors")
+        assert repr(ad.Edit.load(tmp_path / "edit.safetensors", model)) == repr(edit)
+        assert repr(rule) in repr(edits[0] + edit)
+        assert edit.history is not None
+        last = edit.history.terms[-1, 4]
+        assert f", restriction 0 -> {last:.3g}, {edit.history.resulted:.3g} as written)" in repr(edit.history)
+    assert edits[0].history is not None and "restriction" not in repr(edits[0].history)
+    assert "loss" in repr(edits[0].history)
 
 
 def test_terms_of_the_history_sum_to_the_loss(make_model: Make) -> None:

@@ -84,6 +84,16 @@ def test_equals_reference(make_model: Make, prompt: str, target: str, gamma: flo
     compare(model, "gpt2", False, request, settings, ad.SADR(gamma=gamma) if gamma else None)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "subject"), [("{} met a friend and Ada plays the", "Ada"), ("The man who met {} is", "is")]
+)
+def test_equals_reference_where_the_subject_occurs_again(make_model: Make, prompt: str, subject: str) -> None:
+    """In the prompt, or in the essence text's own words; contexts that name it come before."""
+    model = make_model("gpt2", torch.float64)
+    request = ad.EditRequest(prompt, subject, "organ")
+    compare(model, "gpt2", False, request, Settings(layer=1, steps=6, gamma=1.0), ad.SADR(gamma=1.0))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("bos", [False, True])
 def test_equals_reference_on_every_architecture(make_model: Make, architecture: str, side: str, bos: bool) -> None:

@@ -52,7 +52,9 @@ def _little() -> Iterator[None]:
         patch.setattr(moments, "SAMPLED_TOKENS_PER_KEY", 1)
         for kind in (ad.ROMEConfig, MultiLayerConfig):
             plain = kind.for_model.__func__
-            fewer = classmethod(lambda cls, model, plain=plain: replace(plain(cls, model), context_lengths=((4, 1),)))
+            fewer = classmethod(
+                lambda cls, model, plain=plain, **given: plain(cls, model, **{"context_lengths": ((4, 1),), **given})
+            )
             patch.setattr(kind, "for_model", fewer)
         yield
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module of attn_drift may import those of its own level (if listed before it) and of the levels above it here.
 ORDER = [
+    "checks",
     "files",
     "requests",
     "cases",

@@ -1,6 +1,5 @@
 """The evidence."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +54,7 @@ def evidence_of_a_model(
         loaded = load_model(model, dtype=precision, device=device)
     from attn_drift.editors.rome import ROMEConfig
 
-    config = None if layer is None else replace(ROMEConfig.for_model(loaded), layer=layer)
+    config = None if layer is None else ROMEConfig.for_model(loaded, layer=layer)
     found = evidence(loaded, given, out, studied=studied, wordings=wordings, config=config, gamma=gamma, seed=seed)
     shown = [
         {

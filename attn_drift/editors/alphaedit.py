@@ -7,7 +7,6 @@ P projects on the null space of the second moment C (eigenvalues under a thresho
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar
 
 import torch
@@ -15,10 +14,12 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.checks import check_fields, check_number
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
-from attn_drift.editors.shared import listed
+from attn_drift.editors.shared import check_config, listed
 from attn_drift.editors.spread import Directions
 from attn_drift.edits import Edit
+from attn_drift.models import check_model
 from attn_drift.moments import SecondMoment
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
@@ -40,10 +41,7 @@ class AlphaEditConfig(MultiLayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.nullspace_threshold < inf and 0 < self.l2 < inf):
-            raise ValueError(
-                f"nullspace_threshold is {self.nullspace_threshold} and l2 {self.l2}; expected both to be positive"
-            )
+        check_fields(self, check_number, "nullspace_threshold", "l2", above=0)
 
     def check_earlier(self, earlier: Edit) -> None:
         """Raises a ValueError for an earlier edit that does not tell its keys."""
@@ -85,7 +83,9 @@ def alphaedit(
         ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, a weight
             that is not finite, no null space, or an earlier edit that does not tell its keys; before the model runs.
     """
+    check_model(model)
     config = AlphaEditConfig.for_model(model) if config is None else config
+    check_config(config, AlphaEditConfig)
     (edit,) = edit_batches(
         model,
         [listed(requests)],

@@ -5,7 +5,6 @@ Delta_l = R_l K_l^T (lambda C_l + K_l K_l^T)^-1
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar
 
 import torch
@@ -13,10 +12,12 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.checks import check_fields, check_number
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
-from attn_drift.editors.shared import listed
+from attn_drift.editors.shared import check_config, listed
 from attn_drift.editors.spread import Directions
 from attn_drift.edits import Edit
+from attn_drift.models import check_model
 from attn_drift.moments import FactoredMoment, SecondMoment
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import Restriction
@@ -39,11 +40,8 @@ class MEMITConfig(MultiLayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.moment_weight < inf and 0 <= self.ridge < inf):
-            raise ValueError(
-                f"moment_weight is {self.moment_weight} and ridge {self.ridge}; expected the first to be positive, the "
-                "second not negative"
-            )
+        check_fields(self, check_number, "moment_weight", above=0)
+        check_fields(self, check_number, "ridge", at_least=0)
 
     def directions(self, moments: Mapping[int, SecondMoment], device: torch.device, earlier: Edit | None) -> Directions:
         factored = {layer: moment.factored(self.ridge, device) for layer, moment in moments.items()}
@@ -77,7 +75,9 @@ def memit(
         ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, or a
             weight that is not finite; before the model runs.
     """
+    check_model(model)
     config = MEMITConfig.for_model(model) if config is None else config
+    check_config(config, MEMITConfig)
     (edit,) = edit_batches(
         model,
         [listed(requests)],

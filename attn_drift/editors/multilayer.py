@@ -1,19 +1,27 @@
 """Editors of several layers: their settings, and how they make edits. What they make of keys is in a file each."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget
-from attn_drift.editors.presets import preset
-from attn_drift.editors.shared import Lengths, check_batches, finished, texts_of, warn_of_explosion, with_results
+from attn_drift.checks import check_choice, check_fields, check_kind, check_wholes, describe
+from attn_drift.editors.presets import settings_for, warn_once
+from attn_drift.editors.shared import (
+    Lengths,
+    check_batches,
+    check_lengths,
+    finished,
+    texts_of,
+    warn_of_explosion,
+    with_results,
+)
 from attn_drift.editors.spread import Directions, Site, Spread
 from attn_drift.edits import Edit
 from attn_drift.history import EditHistory
@@ -22,11 +30,9 @@ from attn_drift.models import check_finite, check_layer, check_model, fingerprin
 from attn_drift.moments import SecondMoment, sampled_moments
 from attn_drift.optimiser import ValueConfig, Writing
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import Restriction
+from attn_drift.restriction import Restriction, bind_restriction
 from attn_drift.values import groups, optimise_values
 from attn_drift.weights import LowRankUpdate, identities
-
-log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound="MultiLayerConfig")
 
@@ -59,24 +65,26 @@ class MultiLayerConfig(ValueConfig, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.layers, Sequence) or not all(isinstance(layer, int) for layer in self.layers):
-            raise ValueError(f"the layers are {self.layers!r}; expected a tuple of whole numbers")
-        object.__setattr__(self, "layers", tuple(self.layers))
+        check_fields(self, check_wholes, "layers")
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"the layers are {self.layers}; expected at least one, ascending, each once")
-        if self.restricted not in ("value", "update"):
-            raise ValueError(f"restricted is {self.restricted!r}; expected 'value' or 'update'")
+        check_fields(self, check_choice, "restricted", choices=["value", "update"])
+        check_fields(self, check_lengths, "context_lengths")
 
     @classmethod
-    def for_model(cls: type[Config], model: TransformerBridge) -> Config:
-        """The preset of the model's name, or, said in the log, layers by depth and the editor's usual settings."""
-        settings = preset(cls.editor, model)
-        if settings is not None:
-            return cls(**{name: value for name, value in settings.items() if name != "gamma"})
+    def for_model(cls: type[Config], model: TransformerBridge, **given: Any) -> Config:
+        """The settings given, the rest from the preset of the model's name, or the editor's usual where there is none.
+
+        Where neither says which layers, they are chosen by depth, which the log says once for each model and editor.
+        """
+        settings = {**settings_for(cls.editor, model), **given}
+        if "layers" in settings:
+            return cls(**settings)
         n = model.cfg.n_layers
         last = max(0, min(round(DEPTH * n), n - 2))
         first = max(0, last + 1 - min(MOST_LAYERS, max(2, round(LAYERS_SHARE * n))))
-        log.warning(
+        warn_once(
+            model,
             "%s has no preset for %s: layers %d to %d of %d were chosen by depth, the rest is the editor's usual; pass "
             "config=, and see `attn-drift suggest-layer`",
             model.cfg.model_name,
@@ -85,7 +93,7 @@ class MultiLayerConfig(ValueConfig, ABC):
             last,
             n,
         )
-        return cls(layers=tuple(range(first, last + 1)))
+        return cls(**settings, layers=tuple(range(first, last + 1)))
 
     @property
     def restricted_above(self) -> int:
@@ -113,7 +121,7 @@ class MultiLayerConfig(ValueConfig, ABC):
 @torch.inference_mode(False)
 def edit_batches(
     model: TransformerBridge,
-    batches: Sequence[Sequence[EditRequest]],
+    batches: Sequence[EditRequest | Sequence[EditRequest]],
     config: MultiLayerConfig,
     *,
     contexts: Sequence[str] | None = None,
@@ -126,22 +134,23 @@ def edit_batches(
 
     Arguments and errors are those of `memit`; ``after`` is an earlier edit that is in effect meanwhile.
     """
-    check_batches(batches)
+    requests = check_batches(batches)
+    check_kind(config, MultiLayerConfig, "config", "settings of an editor of several layers")
     check_model(model)
     for layer in config.layers:
         check_layer(model, layer)
+    term = bind_restriction(restrict, model, config.restricted_above)
     check_finite(model)
     if after is not None:
         _check_after(model, config, after)
-    term = None if restrict is None else restrict.bind(model, config.restricted_above)
     if moments is not None:
         directions = _directions(model, config, moments, after)
-    flat = texts_of(model, [r for batch in batches for r in batch], contexts, config.context_lengths, generator)
+    flat = texts_of(model, [r for batch in requests for r in batch], contexts, config.context_lengths, generator)
     if moments is None:
         moments = sampled_moments(model, config.layers)
         directions = _directions(model, config, moments, after)
     remaining = iter(flat)
-    grouped = [list(islice(remaining, len(batch))) for batch in batches]
+    grouped = [list(islice(remaining, len(batch))) for batch in requests]
     updates: list[dict[int, LowRankUpdate]] = []
     histories: list[EditHistory] = []
     # Where a restriction looks at the updates of a batch, all its values are optimised at once.
@@ -155,7 +164,7 @@ def edit_batches(
             found = spread.of(torch.stack([value.deltas for value in values]))
             updates += spread.by_batch(found)
             histories += with_results(model, texts, values, term, spread.by_request(found))
-    edits = finished(model, config.editor, config, restrict, batches, updates, histories)
+    edits = finished(model, config.editor, config, restrict, requests, updates, histories)
     for edit in edits:
         warn_of_explosion(model, edit, moments)
     return edits
@@ -168,6 +177,7 @@ def _writing(spread: Spread, config: MultiLayerConfig) -> Writing | None:
 
 def _check_after(model: TransformerBridge, config: MultiLayerConfig, after: Edit) -> None:
     """Raises a ValueError for an earlier edit that cannot be in effect, or does not tell what the editor needs."""
+    check_kind(after, Edit, "after", "an Edit")
     after.check_fits(model)
     after.check_not_written(model)
     if after.fingerprint not in identities(model):
@@ -187,10 +197,11 @@ def _directions(
         ValueError: a layer has no second moment, or one that does not fit the model or the editor.
     """
     if not isinstance(moments, Mapping):
-        raise ValueError(f"the moments are {moments!r}; expected one for each layer: {{layer: moment}}")
+        raise ValueError(f"moments is {describe(moments)}; expected one for each layer: {{layer: moment}}")
     missing = [layer for layer in config.layers if layer not in moments]
     if missing:
-        raise ValueError(f"second moments of the layers {sorted(moments)} were given; those of {missing} are missing")
+        raise ValueError(f"second moments of the layers {list(moments)} were given; those of {missing} are missing")
     for layer in config.layers:
+        check_kind(moments[layer], SecondMoment, f"the moment of layer {layer}", "a SecondMoment")
         moments[layer].check_fits(model, layer)
     return config.directions({layer: moments[layer] for layer in config.layers}, float64_device(model), after)

@@ -16,10 +16,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.memit import MEMITConfig
 from attn_drift.editors.multilayer import edit_batches
-from attn_drift.editors.shared import listed
+from attn_drift.editors.shared import check_config, listed
 from attn_drift.editors.spread import Site
 from attn_drift.edits import Edit
 from attn_drift.hooks import stream_point, value_point
+from attn_drift.models import check_model
 from attn_drift.moments import SecondMoment
 from attn_drift.optimiser import Settled
 from attn_drift.requests import EditRequest
@@ -78,7 +79,9 @@ def pmet(
         ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, or a
             weight that is not finite; before the model runs.
     """
+    check_model(model)
     config = PMETConfig.for_model(model) if config is None else config
+    check_config(config, PMETConfig)
     (edit,) = edit_batches(
         model,
         [listed(requests)],

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -15,6 +16,18 @@ log = logging.getLogger(__name__)
 # gamma x restricted heads of the published settings on GPT-J: 0.01 on the 22 x 16 heads above ROME's layer, 0.005 and
 # 0.08 on the 19 x 16 above MEMIT's and PMET's last; AlphaEdit, for which none is published, as MEMIT.
 GAMMA_TIMES_HEADS = {"rome": 3.5, "memit": 1.5, "pmet": 24.0, "alphaedit": 1.5}
+
+
+# What was said of each model.
+_said: WeakKeyDictionary[TransformerBridge, set[str]] = WeakKeyDictionary()
+
+
+def warn_once(model: TransformerBridge, message: str, *values: object) -> None:
+    """Logs a warning, unless the same was said of this model before."""
+    said = _said.setdefault(model, set())
+    if (text := message % values) not in said:
+        said.add(text)
+        log.warning("%s", text)
 
 
 def preset(editor: str, model: TransformerBridge) -> dict[str, Any] | None:
@@ -32,6 +45,11 @@ def preset(editor: str, model: TransformerBridge) -> dict[str, Any] | None:
     return {name: _tuples(value) for name, value in found.items()}
 
 
+def settings_for(editor: str, model: TransformerBridge) -> dict[str, Any]:
+    """The fields of an editor's settings that the preset of a model has; none where there is no preset."""
+    return {name: value for name, value in (preset(editor, model) or {}).items() if name != "gamma"}
+
+
 def last_layer(settings: Mapping[str, Any]) -> int:
     """The last edited layer of a preset."""
     return int(settings["layer"] if "layer" in settings else max(settings["layers"]))
@@ -43,7 +61,7 @@ def _tuples(value: Any) -> Any:
 
 
 def preset_gamma(editor: str, model: TransformerBridge, layer: int) -> float:
-    """SADR's weight for an editor and model: the preset, or, said in the log, one that scales with the heads held.
+    """SADR's weight for an editor and model: the preset, or, said in the log once, one that scales with the heads held.
 
     L_SADR sums over restricted layers and heads, so that a weight transfers to another model as its product with them.
     """
@@ -57,7 +75,8 @@ def preset_gamma(editor: str, model: TransformerBridge, layer: int) -> float:
     else:
         product, why = GAMMA_TIMES_HEADS[editor], "that of the published setting"
     gamma = float(f"{product / heads:.2g}")
-    log.warning(
+    warn_once(
+        model,
         "%s has no preset weight of SADR for %s at layer %d: gamma %g was chosen so that its product with the %d heads "
         "above is %s; give gamma= to choose another",
         model.cfg.model_name,

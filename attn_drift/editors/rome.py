@@ -12,23 +12,32 @@ r-ROME (2403.07175) is the latter with the mean of all keys alone, ``K = [k_mean
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.editors.presets import preset
-from attn_drift.editors.shared import at_subjects, finished, listed, texts_of, warn_of_explosion, with_results
+from attn_drift.checks import check_choice, check_fields, check_kind, check_number, check_whole
+from attn_drift.editors.presets import settings_for, warn_once
+from attn_drift.editors.shared import (
+    at_subjects,
+    check_config,
+    check_lengths,
+    finished,
+    listed,
+    texts_of,
+    warn_of_explosion,
+    with_results,
+)
 from attn_drift.edits import Edit
 from attn_drift.hooks import key_point, value_point
 from attn_drift.models import check_finite, check_layer, check_model, float64_device
 from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
 from attn_drift.optimiser import ValueConfig
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import Restriction
+from attn_drift.restriction import Restriction, bind_restriction
 from attn_drift.rewriting import RequestTexts
 from attn_drift.sampling import ROME_LENGTHS
 from attn_drift.values import optimise_values
@@ -68,10 +77,10 @@ class ROMEConfig(ValueConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ridge < inf:
-            raise ValueError(f"ridge is {self.ridge}; expected a number of at least 0")
-        if self.keys not in ("constrained", "mean"):
-            raise ValueError(f"keys is {self.keys!r}; expected 'constrained' or 'mean'")
+        check_fields(self, check_whole, "layer")
+        check_fields(self, check_number, "ridge", at_least=0)
+        check_fields(self, check_choice, "keys", choices=["constrained", "mean"])
+        check_fields(self, check_lengths, "context_lengths")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -84,19 +93,22 @@ class ROMEConfig(ValueConfig):
         return self.layer
 
     @classmethod
-    def for_model(cls, model: TransformerBridge) -> "ROMEConfig":
-        """The preset of the model's name, or, said in the log, ROME's usual settings at a quarter of the depth."""
-        settings = preset("rome", model)
-        if settings is not None:
-            return cls(**{name: value for name, value in settings.items() if name != "gamma"})
-        layer = min(round(DEPTH * model.cfg.n_layers), max(0, model.cfg.n_layers - 2))
-        log.warning(
-            "%s has no preset for ROME: layer %d of %d was chosen by depth, the rest is ROME's usual; pass config=",
-            model.cfg.model_name,
-            layer,
-            model.cfg.n_layers,
-        )
-        return cls(layer=layer)
+    def for_model(cls, model: TransformerBridge, **given: Any) -> "ROMEConfig":
+        """The settings given, the rest from the preset of the model's name, or ROME's usual where there is none.
+
+        Where neither says which layer, it is one at a quarter of the depth, which the log says once for each model.
+        """
+        settings = {**settings_for("rome", model), **given}
+        if "layer" not in settings:
+            settings["layer"] = min(round(DEPTH * model.cfg.n_layers), max(0, model.cfg.n_layers - 2))
+            warn_once(
+                model,
+                "%s has no preset for ROME: layer %d of %d was chosen by depth, the rest is ROME's usual; pass config=",
+                model.cfg.model_name,
+                settings["layer"],
+                model.cfg.n_layers,
+            )
+        return cls(**settings)
 
 
 @overload
@@ -154,12 +166,14 @@ def rome(
     """
     single = isinstance(requests, EditRequest)
     several = listed(requests)
-    config = ROMEConfig.for_model(model) if config is None else config
     check_model(model)
+    config = ROMEConfig.for_model(model) if config is None else config
+    check_config(config, ROMEConfig)
     check_layer(model, config.layer)
+    term = bind_restriction(restrict, model, config.layer)
     check_finite(model)
-    term = None if restrict is None else restrict.bind(model, config.layer)
     if moment is not None:
+        check_kind(moment, SecondMoment, "moment", f"a SecondMoment of layer {config.layer}")
         moment.check_fits(model, config.layer)
         factored = moment.factored(config.ridge, float64_device(model))
     texts = texts_of(model, several, contexts, config.context_lengths, generator)

@@ -10,16 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.checks import check_kind, check_list, check_pairs, describe
 from attn_drift.edits import Edit
 from attn_drift.history import EditHistory
 from attn_drift.hooks import read
 from attn_drift.models import down_projection, fingerprint
 from attn_drift.moments import SecondMoment
 from attn_drift.optimiser import OptimisedValue, ValueConfig
-from attn_drift.requests import SLOT, EditRequest
+from attn_drift.requests import SLOT, EditRequest, check_contexts
 from attn_drift.restriction import LossTerm, Restriction
 from attn_drift.rewriting import RequestTexts, RewritingText, request_texts
-from attn_drift.sampling import sample_contexts
+from attn_drift.sampling import check_generator, sample_contexts
 from attn_drift.tokens import pad
 from attn_drift.values import restricted_by_updates
 from attn_drift.weights import LowRankUpdate, SeenUpdate
@@ -36,19 +37,32 @@ def listed(requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
     """One request, or several, as a list.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or something else is among them.
     """
-    several = [requests] if isinstance(requests, EditRequest) else list(requests)
+    several = _requests(requests)
     if not several:
         raise ValueError("no requests were given; expected at least one")
     return several
 
 
-def check_batches(batches: Sequence[Sequence[EditRequest]]) -> None:
-    """Raises a ValueError where there is nothing to edit, or a batch asks for one fact twice."""
-    if not batches or not all(batches):
-        raise ValueError(f"{len(batches)} batches were given, {sum(not b for b in batches)} of them without requests")
-    for batch in batches:
+def _requests(requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
+    expected = "an EditRequest(prompt, subject, target_new), or a list of them"
+    several = [requests] if isinstance(requests, EditRequest) else check_list(requests, "requests", expected)
+    for i, request in enumerate(several):
+        check_kind(request, EditRequest, f"request {i}", "an EditRequest(prompt, subject, target_new)")
+    return several
+
+
+def check_batches(batches: Sequence[EditRequest | Sequence[EditRequest]]) -> list[list[EditRequest]]:
+    """Batches of requests as lists; one request is a batch, too.
+
+    Raises:
+        ValueError: there is nothing to edit, something is no request, or a batch asks for one fact twice.
+    """
+    grouped = [_requests(batch) for batch in check_list(batches, "batches", "a list of batches of requests")]
+    if not all(grouped) or not grouped:
+        raise ValueError(f"{len(grouped)} batches were given, {sum(not b for b in grouped)} of them without requests")
+    for batch in grouped:
         seen: dict[str, EditRequest] = {}
         for request in batch:
             if request.question in seen:
@@ -58,6 +72,24 @@ def check_batches(batches: Sequence[Sequence[EditRequest]]) -> None:
                     f"{request.target_new!r}), so that both would be written; give each fact once"
                 )
             seen[request.question] = request
+    return grouped
+
+
+def check_config(config: object, kind: type[ValueConfig]) -> None:
+    """Raises a ValueError for anything but settings of an editor: those of another editor that inherits them, too."""
+    expected = f"settings of this editor, such as {kind.__name__}.for_model(model)"
+    check_kind(config, kind, "config", expected)
+    if getattr(config, "editor", None) != getattr(kind, "editor", None):
+        raise ValueError(f"config is {describe(config)}; expected {expected}")
+
+
+def check_lengths(value: object, name: str) -> Lengths:
+    """How long sampled contexts are, and how many there are of each length.
+
+    Raises:
+        ValueError: anything but pairs of whole numbers of at least 1.
+    """
+    return check_pairs(value, name, "pairs of a length and a number of contexts, such as ((5, 2), (10, 2))", at_least=1)
 
 
 def texts_of(
@@ -70,11 +102,14 @@ def texts_of(
     """The texts of each request, in the contexts given, or in contexts sampled from the model.
 
     Raises:
-        ValueError: a bad context, or a text that is longer than the model's context, before the model runs.
+        ValueError: a bad context or generator, or a text that is longer than the model's context, before the model
+            runs.
     """
+    check_generator(generator)
     if contexts is None:
         _check_room(model, requests, lengths)
         contexts = sample_contexts(model, generator, lengths)
+    contexts = check_contexts(contexts)
     return [request_texts(model, request, contexts) for request in requests]
 
 
