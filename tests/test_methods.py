@@ -35,12 +35,16 @@ def test_presets_fill_in_what_is_not_said(demo: TransformerBridge) -> None:
     assert (none.gamma, none.steps, none.edits([], Supplies(demo, 0))) == (0.0, 0, None)
 
 
-def test_gamma_scales_with_the_heads_where_nothing_is_published(
-    small: TransformerBridge, caplog: pytest.LogCaptureFixture
+def test_a_model_without_a_preset_gets_a_weak_gamma(
+    small: TransformerBridge, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """3.5 over the heads above the layer: 0.01 for the 22 x 16 of GPT-J, where it is published."""
-    assert preset_gamma("rome", small, 0) == pytest.approx(3.5 / (2 * 4), rel=0.05)
-    assert "has no preset weight of SADR" in caplog.text
+    """The published weight, and less where there are more heads than on GPT-J: never more."""
+    assert preset_gamma("rome", small, 0) == 0.01
+    assert preset_gamma("memit", small, 0) == preset_gamma("alphaedit", small, 0) == 0.005
+    assert "a weak default" in caplog.text and caplog.text.count("for rome at layer 0") == 1
+    monkeypatch.setattr(small.cfg, "n_layers", 80)
+    monkeypatch.setattr(small.cfg, "n_heads", 64)
+    assert preset_gamma("rome", small, 5) == pytest.approx(0.01 * 352 / (74 * 64), rel=0.05)
 
 
 def test_gamma_scales_with_the_heads_at_another_layer(demo: TransformerBridge) -> None:

@@ -13,9 +13,14 @@ from attn_drift.models import DEMO
 
 log = logging.getLogger(__name__)
 
-# gamma x restricted heads of the published settings on GPT-J: 0.01 on the 22 x 16 heads above ROME's layer, 0.005 and
-# 0.08 on the 19 x 16 above MEMIT's and PMET's last; AlphaEdit, for which none is published, as MEMIT.
-GAMMA_TIMES_HEADS = {"rome": 3.5, "memit": 1.5, "pmet": 24.0, "alphaedit": 1.5}
+# SADR's published weight on GPT-J, and the heads that it held there: those above the (last) edited layer. None is
+# published for AlphaEdit, which optimizes as MEMIT does.
+PUBLISHED_GAMMAS = {
+    "rome": (0.01, 22 * 16),
+    "memit": (0.005, 19 * 16),
+    "pmet": (0.08, 19 * 16),
+    "alphaedit": (0.005, 19 * 16),
+}
 
 
 # What was said of each model.
@@ -61,9 +66,11 @@ def _tuples(value: Any) -> Any:
 
 
 def preset_gamma(editor: str, model: TransformerBridge, layer: int) -> float:
-    """SADR's weight for an editor and model: the preset, or, said in the log once, one that scales with the heads held.
+    """SADR's weight for an editor and model: the preset, or, said in the log once, a weak default.
 
-    L_SADR sums over restricted layers and heads, so that a weight transfers to another model as its product with them.
+    L_SADR sums over restricted layers and heads. At another layer of a model with a preset, gamma x heads is kept. A
+    model without one gets the published weight, and less where it has more heads than GPT-J: never more, since too
+    strong a weight undoes the edit's paraphrases (docs/results), while a weak one still helps.
     """
     settings = preset(editor, model)
     heads = _heads_above(model, layer)
@@ -71,19 +78,20 @@ def preset_gamma(editor: str, model: TransformerBridge, layer: int) -> float:
         own = last_layer(settings)
         if own == layer:
             return float(settings["gamma"])
-        product, why = settings["gamma"] * _heads_above(model, own), f"that of layer {own}"
+        gamma = settings["gamma"] * _heads_above(model, own) / heads
+        why = f"its product with the {heads} heads above is that of layer {own}"
     else:
-        product, why = GAMMA_TIMES_HEADS[editor], "that of the published setting"
-    gamma = float(f"{product / heads:.2g}")
+        published, published_heads = PUBLISHED_GAMMAS[editor]
+        gamma = published * min(1, published_heads / heads)
+        why = f"a weak default, at most the published {published:g}: raise it while paraphrases (PS) hold"
+    gamma = float(f"{gamma:.2g}")
     warn_once(
         model,
-        "%s has no preset weight of SADR for %s at layer %d: gamma %g was chosen so that its product with the %d heads "
-        "above is %s; give gamma= to choose another",
+        "%s has no preset weight of SADR for %s at layer %d: gamma is %g, %s; give gamma= to choose another",
         model.cfg.model_name,
         editor,
         layer,
         gamma,
-        heads,
         why,
     )
     return gamma
