@@ -17,6 +17,7 @@ ORDER = [
     "requests",
     "cases",
     "records",
+    "json_lists",
     "datasets",
     "corpora",
     "history",
