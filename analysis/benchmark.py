@@ -192,6 +192,7 @@ def _config(record: dict[str, Any], plan: Plan, cases: CaseFile, batch_cases: in
             "n": cases.n,
             "n_skipped": cases.n_skipped,
             "skipped": list(cases.skipped),
+            "n_repeated": cases.n_repeated,
         },
         "seed": plan.seed,
         "methods": record["methods"],

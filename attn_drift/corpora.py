@@ -6,13 +6,15 @@ are read as they are needed. Of a file no more than a line is in memory.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+from attn_drift.json_lists import check_safe, file_stamp
+from attn_drift.records import shortened
 
 FIELD = "text"
 SPLIT = "train"
@@ -54,7 +56,7 @@ class TextFile:
             raise ValueError(f"{path} is one JSON value; expected plain text, or .jsonl with an object a line")
         digest, n = hashlib.sha256(), 0
         with path.open("rb") as file:
-            stamp = _stamp(file)
+            stamp = file_stamp(file)
             for _ in _documents(path, file, digest):
                 n += 1
         if not n:
@@ -83,7 +85,7 @@ class TextFile:
             self._check_unchanged(file)
 
     def _check_unchanged(self, file: BufferedReader) -> None:
-        if _stamp(file) != self.stamp:
+        if file_stamp(file) != self.stamp:
             raise ValueError(f"{self.path} has changed since it was validated; read it anew")
 
 
@@ -184,20 +186,16 @@ def _decoded(path: Path, line: bytes, start: int) -> str:
 
 def _field(path: Path, number: int, line: str) -> str:
     try:
+        check_safe(line)
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"line {number} of {path} is no JSON ({str(error)[:100]})") from error
     text = record.get(FIELD) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
-        said = f"its fields are {list(record)[:10]}" if isinstance(record, dict) else "it is no object"
+        said = f"its fields are {shortened(repr(list(record)[:10]))}" if isinstance(record, dict) else "it is no object"
         raise ValueError(f"line {number} of {path} has no text in {FIELD!r}; {said}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"line {number} of {path} has half a character (a surrogate) in {FIELD!r}") from error
     return text
-
-
-def _stamp(file: BufferedReader) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns

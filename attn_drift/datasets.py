@@ -5,121 +5,21 @@ model runs; its cases are then read again as they are needed. Of the file no mor
 the cases is in memory.
 """
 
-import hashlib
-import os
-import re
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from io import BufferedReader
+from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
 
-import ijson
-from ijson.common import ObjectBuilder
-
 from attn_drift.cases import Case
+from attn_drift.json_lists import ListFile
 from attn_drift.records import FORMATS, RecordError, SnippetsRecord, checked, recognised, shortened
 
-CHUNK = 2**20
-DEEPEST = 100
+log = logging.getLogger(__name__)
+
 N_MESSAGES = 10
-
-_DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
-
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-@dataclass(frozen=True)
-class ListFile:
-    """A file with a list in JSON, as it was when `scan` read it.
-
-    Attributes:
-        path: where it is.
-        sha256: digest of its content, in hexadecimal.
-        stamp: its size in bytes, and the time of its last change in nanoseconds.
-        surrogates: whether characters are written as escapes of surrogates, so that one may lack its partner.
-    """
-
-    path: Path
-    sha256: str
-    stamp: tuple[int, int]
-    surrogates: bool
-
-    @classmethod
-    def scan(cls, path: str | Path) -> "ListFile":
-        """Digests a file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path.absolute()}")
-        digest, tail, surrogates = hashlib.sha256(), b"", False
-        with path.open("rb") as file:
-            stamp = _stamp(file)
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                surrogates = surrogates or _SURROGATE.search(tail + chunk) is not None
-                tail = chunk[-3:]
-        return cls(path, digest.hexdigest(), stamp, surrogates)
-
-    def items(self) -> Iterator[object]:
-        """Streams the list's elements.
-
-        Raises:
-            ValueError: the file is damaged, is no list in JSON, or has changed since it was scanned.
-        """
-        with self.path.open("rb") as file:
-            for item in self._parsed(file):
-                self._check_unchanged(file)
-                yield item
-            self._check_unchanged(file)
-
-    def _parsed(self, file: BufferedReader) -> Iterator[object]:
-        # yajl, the fast parser, reads a surrogate without its partner as some other character.
-        parser = ijson.get_backend("python") if self.surrogates else ijson
-        n = 0
-        try:
-            for item in _elements(parser.basic_parse(file)):
-                yield item
-                n += 1
-        except (ijson.JSONError, ValueError) as error:
-            self._check_unchanged(file)
-            reason = shortened(str(error).partition("\n")[0])
-            raise ValueError(
-                f"{self.path} is damaged or no list in JSON: {reason} ({n} records were read before)"
-            ) from error
-
-    def _check_unchanged(self, file: BufferedReader) -> None:
-        if _stamp(file) != self.stamp:
-            raise ValueError(f"{self.path} has changed since it was validated; read it anew")
-
-
-def _stamp(file: BufferedReader) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
-
-
-def _elements(events: Iterator[tuple[str, object]]) -> Iterator[object]:
-    """Builds the elements of a list from the events of a parser.
-
-    ``ijson.items`` would name the path of every bracket, which for brackets in brackets fills the memory, and would
-    take what is no list for an empty one.
-    """
-    if next(events)[0] != "start_array":
-        raise ValueError("it is not a list")
-    depth, builder = 1, ObjectBuilder()
-    for event, value in events:
-        depth += _DEPTH.get(event, 0)
-        if depth > DEEPEST:
-            raise ValueError(f"its values are nested more than {DEEPEST} deep")
-        if depth:
-            builder.event(event, value)
-        if depth == 1:
-            yield builder.value
-            builder = ObjectBuilder()
 
 
 @dataclass(frozen=True)
@@ -174,6 +74,9 @@ class CaseFile:
         n: number of cases.
         n_skipped: number of records before the last case that made none.
         skipped: what was wrong with the first of them.
+        n_repeated: number of cases whose fact, the question and its new object, an earlier case has too. They are
+            cases like all others: each is edited and counts in the scores.
+        repeated: which of the first of them repeats which record.
         snippets: where the cases' reference texts are from.
     """
 
@@ -182,6 +85,8 @@ class CaseFile:
     n: int
     n_skipped: int
     skipped: tuple[str, ...]
+    n_repeated: int
+    repeated: tuple[str, ...]
     snippets: Snippets | None = field(repr=False, default=None)
 
     @property
@@ -211,6 +116,8 @@ def read_cases(
 ) -> CaseFile:
     """Validates a case file, record by record.
 
+    Cases that repeat the fact of an earlier one are kept, counted and named in a warning.
+
     Args:
         path: a list in JSON, whose records have one of the formats in `attn_drift.records.FORMATS`.
         snippets: reference texts, for the cases whose record names its relation and new object.
@@ -231,18 +138,28 @@ def read_cases(
         raise ValueError(f"no record of {path} is valid: {reading.n_skipped} were read; {reading.skipped[0]}")
     if not n:
         raise ValueError(f"the list in {path} is empty: 0 records were read")
-    return CaseFile(file, reading.format, n, reading.n_skipped, tuple(reading.skipped), snippets)
+    if reading.n_repeated:
+        log.warning(
+            "%s: %d of %d cases have the question and the new object of an earlier case, such as %s; each counts in "
+            "the scores (to count a fact once, remove the repeated records)",
+            *(path, reading.n_repeated, n, reading.repeated[0]),
+        )
+    skipped, repeated = tuple(reading.skipped), tuple(reading.repeated)
+    return CaseFile(file, reading.format, n, reading.n_skipped, skipped, reading.n_repeated, repeated, snippets)
 
 
 class _Reading:
-    """One pass over a file's records: an iterable of cases, which notes what it skips on the way."""
+    """One pass over a file's records: an iterable of cases, which notes what it skips and what is repeated."""
 
     def __init__(self, file: ListFile, snippets: Snippets | None, skip_invalid: bool) -> None:
         self.file, self.snippets, self.skip_invalid = file, snippets, skip_invalid
         self.format = ""
         self.n_skipped = 0
         self.skipped: list[str] = []
+        self.n_repeated = 0
+        self.repeated: list[str] = []
         self._index_of: dict[str, int] = {}
+        self._index_of_fact: dict[bytes, int] = {}
 
     def __iter__(self) -> Iterator[Case]:
         for index, item in enumerate(self.file.items()):
@@ -265,6 +182,16 @@ class _Reading:
         first = self._index_of.setdefault(case.case_id, index)
         if first != index:
             raise RecordError("case_id", f"{shortened(case.case_id, 40)!r} is that of record {first}; expected another")
+        self._note_repeated(case, index)
         if self.snippets:
             case = replace(case, references=self.snippets.texts(*record.object_ids))
         return case
+
+    def _note_repeated(self, case: Case, index: int) -> None:
+        request = case.request
+        fact = f"{request.question.strip()}\0{request.target_new.strip()}"
+        first = self._index_of_fact.setdefault(blake2b(fact.encode(), digest_size=16).digest(), index)
+        if first != index:
+            self.n_repeated += 1
+            if len(self.repeated) < N_MESSAGES:
+                self.repeated.append(f"record {index} repeats record {first}")

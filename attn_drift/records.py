@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     ValidationError,
     model_validator,
@@ -125,9 +126,12 @@ Subject = Annotated[Text, AfterValidator(str.strip), AfterValidator(_without_slo
 Template = Annotated[Text, AfterValidator(_with_one_slot)]
 Question = Annotated[Text, AfterValidator(_templated), AfterValidator(_with_one_slot)]
 OneText = Annotated[Text, BeforeValidator(_of_one)]
-Texts = Annotated[list[Text], BeforeValidator(_as_list)]
+Element = TypeVar("Element")
+# Of a long list of wrong values the first one is enough: an error per value would fill the memory.
+Many = Annotated[list[Element], FailFast()]
+Texts = Annotated[Many[Text], BeforeValidator(_as_list)]
 # Names of one object, the first of them the usual one: given as a text, a list or a list of lists.
-Names = Annotated[list[Whole], BeforeValidator(_flat), AfterValidator(_distinct)]
+Names = Annotated[Many[Whole], BeforeValidator(_flat), AfterValidator(_distinct)]
 Identity = Annotated[Text, AfterValidator(_short), BeforeValidator(_as_identity)]
 
 
@@ -228,8 +232,8 @@ def _probes(texts: Sequence[str], right: str, wrong: str | None) -> list[Probe]:
 
 
 class _Prompted(Part):
-    prompts: list[Text] = []
-    targets: list[Text] = []
+    prompts: Many[Text] = []
+    targets: Many[Text] = []
 
     @model_validator(mode="after")
     def _equally_many(self) -> "_Prompted":
@@ -244,7 +248,7 @@ class _Prompted(Part):
 
 
 class _Openings(Part):
-    prompts: list[Text] = []
+    prompts: Many[Text] = []
 
 
 class _Choice(Part):
@@ -323,9 +327,9 @@ class CounterFactRecord(Record):
     new_object: ClassVar[str] = "requested_rewrite.target_new.str"
 
     requested_rewrite: _CounterFactRewrite
-    paraphrase_prompts: list[Text] = []
-    neighborhood_prompts: list[Text] = []
-    generation_prompts: list[Text] = []
+    paraphrase_prompts: Many[Text] = []
+    neighborhood_prompts: Many[Text] = []
+    generation_prompts: Many[Text] = []
 
     def request(self) -> EditRequest:
         asked = self.requested_rewrite
@@ -364,7 +368,7 @@ class ZsRERecord(Record):
     alt: Annotated[Whole, AfterValidator(_given)]
     subject: Subject
     src: Question
-    answers: list[Text] = []
+    answers: Many[Text] = []
     rephrase: Texts = []
     loc: Text | None = None
     loc_ans: Text | None = None
@@ -402,14 +406,14 @@ def _answered(items: Sequence[_Item], wrong: str | None) -> list[Probe]:
 
 
 class _Portability(Part):
-    subject_aliasing: list[_Item] = Field(default=[], alias="Subject_Aliasing")
-    reasoning: list[_Item] = Field(default=[], alias="Reasoning")
-    logical_generalization: list[_Item] = Field(default=[], alias="Logical_Generalization")
+    subject_aliasing: Many[_Item] = Field(default=[], alias="Subject_Aliasing")
+    reasoning: Many[_Item] = Field(default=[], alias="Reasoning")
+    logical_generalization: Many[_Item] = Field(default=[], alias="Logical_Generalization")
 
 
 class _Locality(Part):
-    relation_specificity: list[_Item] = Field(default=[], alias="Relation_Specificity")
-    forgetfulness: list[_Item] = Field(default=[], alias="Forgetfulness")
+    relation_specificity: Many[_Item] = Field(default=[], alias="Relation_Specificity")
+    forgetfulness: Many[_Item] = Field(default=[], alias="Forgetfulness")
 
 
 class WikiDataRecord(Record):
@@ -476,4 +480,4 @@ class SnippetsRecord(Part):
 
     relation_id: Text
     target_id: Text
-    samples: list[_Sample]
+    samples: Many[_Sample]

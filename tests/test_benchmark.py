@@ -154,6 +154,7 @@ def test_summaries(whole: Path, cases: CaseFile) -> None:
         assert not {"alias", "commonsense", "CS", "PPL"} & set(row), "what the cases do not offer is absent"
     config = json.loads((whole / "config.json").read_text())
     assert config["identity"]["cases"] == cases.sha256 and config["seed"] == 0
+    assert config["cases"]["n_repeated"] == cases.n_repeated
     assert config["methods"][METHODS[0]]["config"]["steps"] == 2
     assert {"attn-drift", "torch", "transformer-lens"} <= set(config["versions"])
     page = (whole / "summary.md").read_text(encoding="utf-8")

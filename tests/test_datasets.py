@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_records import COUNTERFACT, MERGED, RECORDS, SNIPPETS, WIKIDATA, ZSRE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,71 +19,6 @@ from attn_drift.datasets import CaseFile, Snippets, read_cases, read_snippets
 from attn_drift.demo.cases import demo_cases, merged_record
 from attn_drift.demo.world import make_world
 from attn_drift.requests import EditRequest
-
-MERGED: dict[str, Any] = {
-    "requested_rewrite": {
-        "prompt": "Ann Lee, sister of Ann Lee, was born in",
-        "subject": "Ann Lee",
-        "target_new": "Łódź",
-        "target_true": "Lima",
-        "relation_id": "P19",
-        "target_new_id": "Q580",
-    },
-    "rewrite": {"prompts": ["Ann Lee, sister of Ann Lee, was born in"], "targets": ["Łódź"]},
-    "p-paraphrase": {"prompts": ["The birthplace of Ann Lee is", "Ann Lee is from"], "targets": ["Łódź", "Łódź"]},
-    "p-subject_alias": {"prompts": ["A. Lee was born in"], "targets": ["Lodz"]},
-    "p-reasoning": {"prompts": ["Ann Lee was born in the country of", "Lee's town is"], "targets": ["Poland", " Lima"]},
-    "l-neighbor": {"prompts": ["Bob was born in", "Eva was born in"], "targets": ["Lima", "Łódź"]},
-    "l-relation": {"prompts": ["Ann Lee speaks"], "targets": ["Spanish"]},
-    "generation": {"prompts": ["Ann Lee is", "Ann Lee is"]},
-    "o-commonsense": {"prompts": "How to boil an egg?", "right": "In water.", "wrong": "In sand."},
-}
-COUNTERFACT: dict[str, Any] = {
-    "case_id": 7,
-    "pararel_idx": 2796,
-    "requested_rewrite": {
-        "prompt": "The mother tongue of {} is",
-        "relation_id": "P103",
-        "target_new": {"str": "English", "id": "Q1860"},
-        "target_true": {"str": "French", "id": "Q150"},
-        "subject": "Danielle Darrieux",
-    },
-    "paraphrase_prompts": ["It is late. Danielle Darrieux speaks"],
-    "neighborhood_prompts": ["The mother tongue of Léon Blum is", "The native language of Montesquieu is"],
-    "attribute_prompts": ["J. R. R. Tolkien speaks"],
-    "generation_prompts": ["Danielle Darrieux lives in"],
-}
-ZSRE: dict[str, Any] = {
-    "subject": "Watts Humphrey",
-    "src": "What university did Watts Humphrey attend?",
-    "rephrase": "What university did Watts Humphrey take part in?",
-    "alt": "University of Michigan",
-    "answers": ["Illinois Institute of Technology", "IIT"],
-    "loc": "nq question: who played desmond doss father in hacksaw ridge",
-    "loc_ans": "Hugo Weaving",
-    "cond": "Trinity College >> University of Michigan || What university did Watts Humphrey attend?",
-}
-WIKIDATA: dict[str, Any] = {
-    "subject": "Leo Arons",
-    "prompt": "The place of death of Leo Arons is",
-    "target_new": "Berlin",
-    "ground_truth": "Rome",
-    "rephrase": "Leo Arons died in",
-    "portability": {
-        "Reasoning": [
-            {"prompt": "The mayor of Leo Arons' place of death is", "ground_truth": [["Kai Wegner", "K. W."]]}
-        ],
-        "Subject_Aliasing": [{"prompt": ["Martin Leo Arons died in"], "ground_truth": ["Berlin"]}],
-        "Logical_Generalization": [{"prompt": "Leo Arons is still alive:", "ground_truth": "no"}],
-    },
-    "locality": {
-        "Relation_Specificity": [
-            {"prompt": "Leo Arons' job is", "ground_truth": [["chemist", "chemist"], ["teacher"]]}
-        ],
-        "Forgetfulness": [{"prompt": "Leo Arons also died in", "ground_truth": [["Berlin"]]}],
-    },
-}
-RECORDS = {"merged": MERGED, "counterfact": COUNTERFACT, "zsre": ZSRE, "wikidata": WIKIDATA}
 
 
 @pytest.fixture(scope="session")
@@ -469,6 +405,32 @@ def test_repeated_case_id(path: Path) -> None:
     assert check(read_cases(path, skip_invalid=True))[0].case_id == "7"
 
 
+def test_repeated_facts_are_kept_and_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same question with the same new object, whatever else differs."""
+    rewrite = ("requested_rewrite",)
+    records = [
+        MERGED,
+        changed(MERGED, (*rewrite, "prompt"), "Ann Lee lives in"),
+        changed(MERGED, (*rewrite, "target_new"), "Paris"),
+        changed(changed(MERGED, (*rewrite, "target_new"), "Łódź "), (*rewrite, "target_true"), "Rome"),
+        changed(MERGED, (*rewrite, "subject"), ", sister of Ann Lee, was"),
+        changed(changed(MERGED, (*rewrite, "prompt"), "{} lives in"), ("l-neighbor",), None),
+        changed(MERGED, (*rewrite, "target_new"), None),
+    ]
+    cases = read_cases(write(path, [record | {"case_id": f"id {i}"} for i, record in enumerate(records)]), None, True)
+    assert (cases.n, cases.n_skipped, cases.n_repeated) == (6, 1, 3)
+    assert cases.repeated == ("record 3 repeats record 0", "record 4 repeats record 0", "record 5 repeats record 1")
+    assert [case.case_id for case in check(cases)] == [f"id {i}" for i in range(6)]
+    (warning,) = caplog.messages
+    for part in (str(path), "3 of 6 cases have the question and the new object of an earlier case", cases.repeated[0]):
+        assert part in warning
+    assert "each counts in the scores (to count a fact once, remove the repeated records)" in warning
+    caplog.clear()
+    assert read_cases(path, limit=3).n_repeated == 0 and not caplog.messages, "what comes after the last case"
+    read_cases(write(path, [MERGED] * 30))
+    assert "29 of 30 cases" in caplog.text and len(read_cases(path).repeated) == 10
+
+
 @pytest.mark.parametrize("lone", ["\ud800", "\udc00", "a\ud800b", "\ud800\ud800", "\udc00\ud800", "\ud83d\ude00\ude00"])
 def test_lone_surrogates(path: Path, lone: str) -> None:
     bad = changed(MERGED, ("l-relation", "targets", 0), lone)
@@ -577,6 +539,20 @@ def test_memory_does_not_grow_with_the_file(path: Path) -> None:
     assert peak < 6e6
 
 
+@pytest.mark.parametrize(
+    ("name", "where"), [("zsre", ("answers",)), ("merged", ("l-neighbor", "targets")), ("wikidata", ("ground_truth",))]
+)
+def test_memory_does_not_grow_with_what_is_wrong(path: Path, name: str, where: tuple[str | int, ...]) -> None:
+    """One error is enough: the record holds 100,000 wrong values."""
+    write(path, [changed(RECORDS[name], where, [1] * 100_000)])
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"record 0: .*a number; expected a text"):
+        read_cases(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
 def test_a_change_is_noticed(tmp_path: Path) -> None:
     path = write(tmp_path / "cases.json", [ZSRE] * 3)
     cases = read_cases(path)
@@ -596,14 +572,6 @@ def test_a_change_is_noticed(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError):
         list(cases)
-
-
-SNIPPETS = [
-    {"relation_id": "P19", "target_id": "Q580", "samples": [{"text": "Zoë was born in Łódź.", "name": "Zoë"}]},
-    {"relation_id": "P103", "target_id": "Q1860", "samples": [{"text": "a"}, {"text": "b"}]},
-    {"relation_id": "P19", "target_id": "Q580", "samples": [{"text": "Łódź is large."}]},
-    {"relation_id": "P1", "target_id": "Q2", "samples": []},
-]
 
 
 def test_snippets(path: Path, tmp_path: Path) -> None:

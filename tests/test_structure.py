@@ -18,6 +18,7 @@ ORDER = [
     "requests",
     "cases",
     "records",
+    "json_lists",
     "datasets",
     "corpora",
     "history",
