@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pandas as pd
 import pytest
@@ -242,6 +244,32 @@ def test_many_processes_write_and_remove_at_once(tmp_path: Path) -> None:
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("abcd", "149")
+
+
+@pytest.mark.parametrize("when", ["before its lock is made", "before it is locked"])
+def test_a_work_folder_that_is_removed_before_it_is_locked_is_made_again(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+    make, lock = files.tempfile.mkdtemp, files._lock
+
+    def made_and_removed(**options: object) -> str:
+        made.append(Path(make(**options)))
+        if len(made) == 1 and when == "before its lock is made":
+            made[0].rmdir()
+        return str(made[-1])
+
+    def removed_and_locked(file: IO[str], wait: bool) -> None:
+        if len(made) == 1 and when == "before it is locked":
+            shutil.rmtree(made[0])
+        lock(file, wait)
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", made_and_removed)
+    monkeypatch.setattr(files, "_lock", removed_and_locked)
+    with replacing(tmp_path / "x") as temporary:
+        files._remove_stale(tmp_path)
+        temporary.touch()
+    assert len(made) == 2 and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
