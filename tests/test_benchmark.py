@@ -1,5 +1,6 @@
 """The benchmark's folder: the same table however it came about, killed runs, failing cases, other runs' folders."""
 
+import errno
 import json
 import os
 import random
@@ -18,8 +19,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from small_models import CONFIGS, make_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -37,6 +40,7 @@ from analysis.scores import Scores
 from analysis.specificity import score
 from analysis.sweep import Sweep, write_tradeoff
 from analysis.worker import PART_DTYPES, Job, Plan
+from attn_drift import moments
 from attn_drift.datasets import CaseFile, read_cases, read_snippets
 
 METHODS = ["rome:layer=0:steps=2", "rome+sadr:layer=0:steps=2:gamma=0.5"]
@@ -453,6 +457,60 @@ def test_a_fault_that_is_no_cases_stops_the_run(
     with pytest.raises(OSError, match="no space left"):
         benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
     assert len(list(tmp_path.rglob("*.parquet"))) == 4 and not (tmp_path / ".lock").exists()
+    benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert_same(whole, tmp_path)
+
+
+def fill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No library can write to a folder any more."""
+
+    def refusing(write: Callable[..., Any], error: Exception, place: int) -> Callable[..., Any]:
+        def written(*args: Any, **options: Any) -> Any:
+            if Path(args[place]).is_relative_to(folder):
+                raise error
+            return write(*args, **options)
+
+        return written
+
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for owner, name, error, place in (
+        (safetensors.torch, "serialize_file", SafetensorError(message), 1),
+        (pd.DataFrame, "to_parquet", full, 1),
+        (Path, "write_text", full, 0),
+    ):
+        monkeypatch.setattr(owner, name, refusing(getattr(owner, name), error, place))
+
+
+def test_a_full_cache_costs_no_case(
+    model: TransformerBridge,
+    cases: CaseFile,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Contexts, moments and unedited scores are made once, kept in memory, and the disk is named once."""
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "cache"))
+    fill(tmp_path / "cache", monkeypatch)
+    sampled: list[int] = []
+    plain = moments.sample_documents
+    monkeypatch.setattr(moments, "sample_documents", lambda *args: sampled.append(1) or plain(*args))
+    results = benchmark(model, cases, METHODS, tmp_path / "out", batch_cases=2)
+    assert not len(results.failures) and sampled == [1]
+    assert_same(whole, tmp_path / "out")
+    said = [record.message for record in caplog.records if "cache" in record.message]
+    assert len(said) == 1 and f"the cache {tmp_path / 'cache'} cannot be written" in said[0]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_parts(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=r"No space .* write elsewhere: .*000000\.parq"):
+        fill(part_path(tmp_path, METHODS[1], 0).parent, patched)
+        benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert len(list(tmp_path.rglob("*.parquet"))) == 2 and not list(tmp_path.rglob(".*"))
     benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
     assert_same(whole, tmp_path)
 
