@@ -1,7 +1,8 @@
 """The benchmark: cases x methods, in chunks, each written as it is done, so that a run can be killed and resumed.
 
 A folder holds ``config.json`` (what is run), ``parts/<method>/<chunk>.parquet`` (a row per text, see
-`analysis.scores.Scores`, and a row with an ``error`` per case that failed), and the summaries of `analysis.results`.
+`analysis.scores.Scores`; one with an ``error`` for a text that was left out, and for a case that failed),
+``manifest.jsonl`` (the digest and the cases of each part), and the summaries of `analysis.summary`.
 """
 
 import json
@@ -20,9 +21,11 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.engines import Engine, LocalEngine, RayEngine
+from analysis.fitting import LeftOut
 from analysis.folder import CONFIG
 from analysis.methods import parse_methods
-from analysis.results import Results, part_path, read_part
+from analysis.parts import Manifest, Part
+from analysis.results import Results
 from analysis.summary import write_summaries
 from analysis.worker import Job, Plan, Worker
 from attn_drift.cases import Case
@@ -30,9 +33,6 @@ from attn_drift.datasets import CaseFile, read_cases
 from attn_drift.files import alone_in, replacing
 
 log = logging.getLogger(__name__)
-
-# What is written beside the parts.
-FILES = (CONFIG, "summary.json", "summary.md", "report.html", "tradeoff.csv", "tradeoff.html")
 
 LIBRARIES = ("attn-drift", "torch", "transformer-lens", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn")
 
@@ -75,7 +75,8 @@ def benchmark(
         retry_failed: compute chunks with failed cases again.
 
     Raises:
-        ValueError: a bad method or setting, or a folder that holds another run; before the model runs.
+        ValueError: a bad method or setting, or a folder that holds another run, parts that are not as they were
+            written, or parts of an earlier version; before a model is loaded or runs.
         RuntimeError: another process is running in the folder.
     """
     out = Path(out)
@@ -87,8 +88,10 @@ def benchmark(
     _check_engine(engine, model)
     # Before a model is loaded, which may take minutes.
     _check_same_run(out, {"identity": _identity(plan, cases, batch_cases), "cases": {"n": cases.n}})
-    with alone_in(out), _engine(engine, model, plan, options, workers, address) as running:
-        return _run(running, plan, cases, out, batch_cases, retry_failed)
+    with alone_in(out):
+        done = _done(Manifest(out), plan, cases, batch_cases, retry_failed)
+        with _engine(engine, model, plan, options, workers, address) as running:
+            return _run(running, plan, cases, out, batch_cases, done)
 
 
 def _texts(corpus: Sequence[str]) -> tuple[str, ...]:
@@ -124,56 +127,85 @@ def _check_engine(engine: str, model: TransformerBridge | str) -> None:
         raise ValueError("a loaded model was given for the engine 'ray'; give the name from which each worker loads it")
 
 
+def _done(
+    manifest: Manifest, plan: Plan, cases: CaseFile, batch_cases: int, retry_failed: bool
+) -> set[tuple[str, int]]:
+    """The methods and chunks that need not be computed.
+
+    Raises:
+        ValueError: a part is not as it was written, or has other cases.
+    """
+    done = set[tuple[str, int]]()
+    if not any(manifest.parts(method.name) for method in plan.methods):
+        return done
+    for chunk, several in enumerate(_chunks(cases, batch_cases)):
+        for method in plan.methods:
+            part = manifest.part(method.name, chunk)
+            if part is not None and _is_done(part, [case.case_id for case in several], retry_failed):
+                done.add((method.name, chunk))
+    return done
+
+
+def _is_done(part: Part, case_ids: Sequence[str], retry_failed: bool) -> bool:
+    """Whether a part has all cases of its chunk (the last chunk grows with a greater limit), none of them failed."""
+    errors = part.read(["task", "error"])
+    if list(part.cases) != list(case_ids[: len(part.cases)]):
+        raise ValueError(
+            f"the part {part.path} has the cases {list(part.cases)[:3]} ..., but its chunk of the file has "
+            f"{list(case_ids)[:3]} ...: the file is read in another way than when it was written; give another folder"
+        )
+    failed = errors["error"].notna() & errors["task"].isna()
+    return len(part.cases) == len(case_ids) and not (retry_failed and failed.any())
+
+
 def _run(
-    engine: Engine, plan: Plan, cases: CaseFile, out: Path, batch_cases: int, retry_failed: bool = False
+    engine: Engine,
+    plan: Plan,
+    cases: CaseFile,
+    out: Path,
+    batch_cases: int,
+    done: Set[tuple[str, int]] = frozenset(),
 ) -> Results:
     _write_config(out, _config(engine.record(), plan, cases, batch_cases))
-    _remove_temporary(out)
+    manifest = Manifest(out)
+    manifest.begin()
     names = [method.name for method in plan.methods]
-    done = {
-        (name, chunk)
-        for chunk, start in enumerate(range(0, cases.n, batch_cases))
-        for name in names
-        if _is_done(part_path(out, name, chunk), min(batch_cases, cases.n - start), retry_failed)
-    }
     held = sum(min(batch_cases, cases.n - chunk * batch_cases) for _, chunk in done)
+    logged = set[str]()
     with tqdm(total=cases.n * len(names), initial=held, desc="benchmark", unit="case", smoothing=0.05) as progress:
         for job, part in engine.run(_jobs(names, cases, batch_cases, done)):
-            _write_part(part_path(out, job.method, job.chunk), part)
+            manifest.write(job.method, job.chunk, [case.case_id for case in job.cases], part)
+            _log_errors(part, logged)
             progress.update(len(job.cases))
     results = Results(out)
     write_summaries(results)
     return results
 
 
-def _is_done(path: Path, n_cases: int, retry_failed: bool) -> bool:
-    """Whether a chunk is there with all its cases (the last one grows with a greater limit)."""
-    if not path.is_file():
-        return False
-    part = read_part(path, ["case", "error"])
-    return part["case"].nunique() == n_cases and not (retry_failed and part["error"].notna().any())
+def _chunks(cases: Iterable[Case], batch_cases: int) -> Iterator[tuple[Case, ...]]:
+    stream = iter(cases)
+    while several := tuple(islice(stream, batch_cases)):
+        yield several
 
 
 def _jobs(names: Sequence[str], cases: Iterable[Case], batch_cases: int, done: Set[tuple[str, int]]) -> Iterator[Job]:
     """The chunks that are not done yet."""
-    stream = iter(cases)
-    chunk = 0
-    while several := tuple(islice(stream, batch_cases)):
+    for chunk, several in enumerate(_chunks(cases, batch_cases)):
         for name in names:
             if (name, chunk) not in done:
                 yield Job(name, chunk, several)
-        chunk += 1
 
 
-def _write_part(path: Path, part: pd.DataFrame) -> None:
-    with replacing(path) as temporary:
-        part.to_parquet(temporary, index=False)
-
-
-def _remove_temporary(out: Path) -> None:
-    """Removes what a run left behind that was killed while it wrote."""
-    for stale in [*out.glob("parts/*/.*.parquet.*.tmp"), *(p for name in FILES for p in out.glob(f".{name}.*.tmp"))]:
-        stale.unlink()
+def _log_errors(part: pd.DataFrame, logged: set[str]) -> None:
+    """Says which cases failed and which texts are left out: once, however many methods share the reason."""
+    for row in part[part["error"].notna()].to_dict("records"):
+        if pd.isna(row["task"]):
+            said = f"the case {row['case']!r} failed: {row['error']}"
+        else:
+            said = f"left out: {LeftOut(row['case'], row['task'], row['text'], row['error'])}"
+        if said not in logged:
+            logged.add(said)
+            log.warning("%s", said)
 
 
 def _identity(plan: Plan, cases: CaseFile, batch_cases: int) -> dict[str, Any]:

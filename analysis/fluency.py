@@ -17,7 +17,7 @@ from analysis.scores import Scores
 from analysis.specificity import check_input
 from attn_drift.cases import Case
 from attn_drift.edits import Edit
-from attn_drift.tokens import Completion, encode
+from attn_drift.tokens import Completion, Tokens, encode
 
 LENGTH = 100
 # n of the n-grams, and their weights in ROME's fluency.
@@ -76,14 +76,14 @@ def prose(
         consistency: how references are compared; without it there is no CS.
 
     Raises:
-        ValueError: a number of edits other than that of cases, or a prompt that does not fit the model's context
-            together with 100 tokens.
+        ValueError: a number of edits other than that of cases, or a prompt, with its case, that does not fit the
+            model's context together with 100 tokens; before the model runs.
     """
     check_input(model, cases, edits)
     openings = [
-        Opening(None if edits is None else edits[i], encode(model, prompt), LENGTH, _seed(seed, case.case_id, place))
-        for i, case in enumerate(cases)
-        for place, prompt in enumerate(case.generation)
+        Opening(edit, _prompt(model, case, place), LENGTH, _seed(seed, case.case_id, place))
+        for case, edit in zip(cases, [None] * len(cases) if edits is None else edits, strict=True)
+        for place in range(len(case.generation))
     ]
     texts = continuations(model, openings) if openings else []
     ends = list(accumulate((len(case.generation) for case in cases), initial=0))
@@ -102,10 +102,18 @@ def _seed(seed: int, case_id: str, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {place} {case_id}".encode()).digest()[:7])
 
 
-def check_prompts(model: TransformerBridge, case: Case) -> None:
-    """Raises a ValueError for a prompt that does not fit the model's context together with its continuation."""
-    for prompt in case.generation:
-        check_room(model, encode(model, prompt), LENGTH)
+def _prompt(model: TransformerBridge, case: Case, place: int) -> Tokens:
+    try:
+        return check_prompt(model, case.generation[place])
+    except ValueError as error:
+        raise ValueError(f"a prompt of the case {case.case_id!r} cannot be continued: {error}") from error
+
+
+def check_prompt(model: TransformerBridge, prompt: str) -> Tokens:
+    """Tokenizes a prompt; raises a ValueError for one that does not fit the model's context with its continuation."""
+    tokens = encode(model, prompt)
+    check_room(model, tokens, LENGTH)
+    return tokens
 
 
 def predicted(model: TransformerBridge, texts: Sequence[str]) -> list[Completion]:

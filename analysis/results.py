@@ -1,25 +1,19 @@
-"""What a benchmark's folder holds: scores, rows, paired differences, failures, as tables."""
+"""What a benchmark's folder holds: scores, rows, paired differences, failures, texts left out, as tables."""
 
-import re
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.folder import RunFolder
 from analysis.methods import NONE
+from analysis.parts import Manifest
 from analysis.scores import MEASURES, PROSE, Scores, results_row
 
 # Pairs of tasks with the same texts, without and with the edit sentence before them.
 DISTRACTED = {"DNS": "NS", "distracted_commonsense": "commonsense"}
 
 NUMBERS = ["case", "task", *MEASURES, "value", "weight", "error"]
-
-
-def part_path(folder: Path, method: str, chunk: int) -> Path:
-    """The file of a chunk."""
-    return folder / "parts" / re.sub(r"[^\w.+=-]", "_", method) / f"{chunk:06d}.parquet"
 
 
 class Results(RunFolder):
@@ -37,11 +31,12 @@ class Results(RunFolder):
         """Names of the methods that have not: what they have is in no summary."""
         return [name for name in self.config["methods"] if self._n_cases(name) < self.config["cases"]["n"]]
 
-    def _n_cases(self, method: str) -> int:
-        return sum(read_part(path, ["case"])["case"].nunique() for path in self._paths(method))
+    @cached_property
+    def _manifest(self) -> Manifest:
+        return Manifest(self.folder)
 
-    def _paths(self, method: str) -> list[Path]:
-        return sorted(part_path(self.folder, method, 0).parent.glob("*.parquet"))
+    def _n_cases(self, method: str) -> int:
+        return sum(len(part.cases) for part in self._manifest.parts(method))
 
     def scores(self, method: str, texts: bool = True) -> Scores:
         """All scores of a method.
@@ -52,23 +47,44 @@ class Results(RunFolder):
 
         Raises:
             KeyError: there is no such method.
+            FileNotFoundError: no part of it has been written yet.
+            ValueError: a part is not as it was written.
         """
-        table = self._parts(method, None if texts else NUMBERS)
-        return Scores(table[table["error"].isna()].drop(columns="error").reset_index(drop=True))
+        table = self._rows(method, None if texts else NUMBERS, failed=False)
+        return Scores(table.drop(columns="error"))
 
     @cached_property
     def failures(self) -> pd.DataFrame:
         """The cases that failed: ``method``, ``case``, ``error``."""
-        tables = [self._parts(name, ["case", "error"]).dropna().assign(method=name) for name in self.methods]
-        return pd.concat(tables, ignore_index=True)[["method", "case", "error"]]
+        failed = self._errors[self._errors["task"].isna()]
+        return failed[["method", "case", "error"]].reset_index(drop=True)
 
-    def _parts(self, method: str, columns: list[str] | None) -> pd.DataFrame:
+    @cached_property
+    def left_out(self) -> pd.DataFrame:
+        """The texts that the model cannot take, which no method is scored on: ``case``, ``task``, ``text``, ``error``.
+
+        The task of a prompt for fluency is FL.
+        """
+        # The same for every method.
+        texts = self._errors[self._errors["method"] == self.methods[0]].dropna(subset="task")
+        return texts[["case", "task", "text", "error"]].reset_index(drop=True)
+
+    @cached_property
+    def _errors(self) -> pd.DataFrame:
+        """The rows with an ``error``, of cases (without a ``task``) and of texts."""
+        columns = ["case", "task", "text", "error"]
+        tables = [self._rows(name, columns, failed=True).assign(method=name) for name in self.methods]
+        return pd.concat(tables, ignore_index=True)
+
+    def _rows(self, method: str, columns: list[str] | None, failed: bool) -> pd.DataFrame:
+        """The rows of all parts of a method, those with an ``error`` or those without."""
         if method not in self.config["methods"]:
             raise KeyError(f"the benchmark has no method {method!r}; it has {list(self.config['methods'])}")
-        paths = self._paths(method)
-        if not paths:
+        parts = self._manifest.parts(method)
+        if not parts:
             raise FileNotFoundError(f"no part of {method!r} has been written to {self.folder} yet")
-        return pd.concat([read_part(path, columns) for path in paths], ignore_index=True)
+        tables = (part.read(columns) for part in parts)
+        return pd.concat((table[table["error"].notna() == failed] for table in tables), ignore_index=True)
 
     @cached_property
     def _numbers(self) -> dict[str, Scores]:
@@ -115,7 +131,9 @@ class Results(RunFolder):
     def _distraction(self, unedited: Scores) -> list[dict[str, Any]]:
         rows = []
         for task, plain in DISTRACTED.items():
-            frame = unedited.frame
+            # Where texts are left out, those of a case with and without the sentence are not the same.
+            uneven = self.left_out["case"][self.left_out["task"].isin([task, plain])]
+            frame = unedited.frame[~unedited.frame["case"].isin(uneven)]
             after, before = Scores(frame[frame["task"] == task]), frame[frame["task"] == plain].assign(task=task)
             for row in _differences(after, Scores(before)):
                 rows.append({"first": f"{NONE}, after the edit sentence", "second": f"{NONE}, without it", **row})
@@ -143,15 +161,3 @@ def _differences(first: Scores, second: Scores) -> list[dict[str, Any]]:
         }
         for (task, measure), found in first.differences(second, measures).items()
     ]
-
-
-def read_part(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """A part.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        return pd.read_parquet(path, columns=columns)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the part {path} is damaged ({error}); delete it and run the benchmark again") from error

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.answers import Question, answer
+from analysis.fitting import LeftOut, drop_unfit_texts
 from analysis.methods import Config, Method, one_edit
 from analysis.scores import DTYPES, SUMMARISED, Scores, results_row
-from analysis.specificity import check_input, check_texts
+from analysis.specificity import check_input
 from analysis.supplies import Supplies
 from attn_drift.cases import Case, Probe, Task
 from attn_drift.editors.shared import EXPLODED, texts_of
@@ -65,6 +66,7 @@ class EditSequence:
         edit: the sum of all edits that were made; the keys that AlphaEdit spares are in it.
         error: at which step the sequence stopped and why; None where it came to its end. Where the edits of that step
             were made and only the scoring failed, they are in ``edit`` and ``updates``.
+        left_out: texts that the model cannot take, which are not scored.
     """
 
     method: str
@@ -75,6 +77,7 @@ class EditSequence:
     updates: pd.DataFrame
     edit: Edit
     error: str | None
+    left_out: tuple[LeftOut, ...] = ()
 
     def __repr__(self) -> str:
         stopped = "" if self.error is None else f", stopped at {self.error}"
@@ -127,6 +130,7 @@ class EditSequence:
                 table.to_parquet(temporary, index=False)
         self.edit.save(folder / "edit.safetensors")
         record = {name: getattr(self, name) for name in ("method", "per_step", "seed", "cases", "error")}
+        record["left_out"] = [asdict(text) for text in self.left_out]
         with replacing(folder / RECORD) as temporary:
             temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -143,8 +147,10 @@ class EditSequence:
             raise FileNotFoundError(f"{folder.absolute()} is no sequence of edits: it has no {RECORD}")
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         texts, updates = (pd.read_parquet(folder / f"{name}.parquet") for name in ("texts", "updates"))
+        record["cases"] = tuple(record["cases"])
+        record["left_out"] = tuple(LeftOut(**text) for text in record.get("left_out", ()))
         edit = Edit.load(folder / "edit.safetensors", model)
-        return cls(**{**record, "cases": tuple(record["cases"])}, texts=texts.astype(TEXTS), updates=updates, edit=edit)
+        return cls(**record, texts=texts.astype(TEXTS), updates=updates, edit=edit)
 
 
 def edit_sequence(
@@ -159,8 +165,9 @@ def edit_sequence(
     """Edits facts one after the other, each while all before it are in effect, and scores the model after every step.
 
     Texts that ask what another edit of the sequence changes (another case's ES or PS text, at the end of an NS, DNS or
-    RS text) are not scored: there the old answer is no longer right. A model that has collapsed, so that it cannot be
-    edited or scored, ends the sequence with a warning; what was found until then is kept.
+    RS text) are not scored: there the old answer is no longer right. Nor are texts that the model cannot take, such as
+    one longer than its context: they are logged, and in `EditSequence.left_out`. A model that has collapsed, so that it
+    cannot be edited or scored, ends the sequence with a warning; what was found until then is kept.
 
     Args:
         model: the model, which is left untouched.
@@ -171,12 +178,13 @@ def edit_sequence(
         moments: folder of second moments as `stream_moments` writes it; sampled from the model when None.
 
     Raises:
-        ValueError: no cases, a bad method, a request or text that the model cannot take, or an edit in effect; before
-            the model runs. Also where not even the first step can be made.
+        ValueError: no cases, a bad method, a request that the model cannot take, or an edit in effect; before the model
+            runs. Also where not even the first step can be made.
     """
     given = [_as_case(i, case) for i, case in enumerate(cases)]
     config, restrict = _checked(model, given, method, per_step, seed)
-    supplies, asked = Supplies(model, seed, moments), _asked(model, given)
+    fit, left_out = _fit(model, given)
+    supplies, asked = Supplies(model, seed, moments), _asked(model, fit)
     texts, updates = [_scored(model, 0, asked, None)], list[dict[str, Any]]()
     made: list[Edit] = []
     error = None
@@ -199,7 +207,7 @@ def edit_sequence(
             log.warning("%s: the sequence stops at %s", method, error)
             break
     names, scored = tuple(case.case_id for case in given), pd.concat(texts, ignore_index=True)
-    return EditSequence(method, per_step, seed, names, scored, pd.DataFrame(updates), compose(made), error)
+    return EditSequence(method, per_step, seed, names, scored, pd.DataFrame(updates), compose(made), error, left_out)
 
 
 def _as_case(place: int, given: Case | EditRequest) -> Case:
@@ -224,11 +232,22 @@ def _checked(
     bound = Method.parse(method).bind(model)
     if bound.config is None:
         raise ValueError(f"the method {method!r} edits nothing; the unedited model is step 0 of every sequence")
-    for case in cases:
-        check_texts(model, case)
     generator = torch.Generator().manual_seed(seed)
     texts_of(model, [case.request for case in cases], None, bound.config.context_lengths, generator)
     return bound.config, bound.restrict
+
+
+def _fit(model: TransformerBridge, cases: Sequence[Case]) -> tuple[list[Case], tuple[LeftOut, ...]]:
+    """The cases without the texts that the model cannot take, and those of these that would be scored."""
+    scored = [
+        replace(case, probes={task: case.probes[task] for task in SUMMARISED if task in case.probes}, generation=())
+        for case in cases
+    ]
+    fit = [drop_unfit_texts(model, case) for case in scored]
+    left_out = tuple(text for _, texts in fit for text in texts)
+    for text in left_out:
+        log.warning("left out: %s", text)
+    return [case for case, _ in fit], left_out
 
 
 @dataclass(frozen=True, eq=False)

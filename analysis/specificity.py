@@ -41,18 +41,19 @@ def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit 
             of different edits share batches.
 
     Raises:
-        ValueError: no cases, a number of edits other than that of cases, or a text longer than the context.
+        ValueError: no cases, a number of edits other than that of cases, or a text that cannot be scored, with its
+            case and task; before the model runs (`drop_unfit_texts` leaves such texts out).
     """
     check_input(model, cases, edits)
     if not cases:
         raise ValueError("no cases were given; expected at least one")
     probes = [
-        (cases[index].case_id, task, probe, None if edits is None else edits[index])
-        for index, case in enumerate(cases)
+        (case.case_id, task, probe, edit)
+        for case, edit in zip(cases, [None] * len(cases) if edits is None else edits, strict=True)
         for task in TASKS
         for probe in case.probes.get(task, ())
     ]
-    asked = [_Asked.of(model, task, probe, edit) for _, task, probe, edit in probes]
+    asked = [_asked(model, *given) for given in probes]
     questions = [question for a in asked for question in (a.right, a.wrong) if question is not None]
     found, said = ask(model, questions, [a.opening for a in asked if a.opening is not None])
     answers, told = iter(found), iter(said)
@@ -75,17 +76,27 @@ def check_input(model: TransformerBridge, cases: Sequence[Case], edits: Sequence
 
 
 def check_texts(model: TransformerBridge, case: Case) -> None:
-    """Raises a ValueError for a text of a case that cannot be scored: too long, or merged with its object."""
+    """Raises a ValueError for a text of a case that cannot be scored, see `check_text`."""
     for task, probes in case.probes.items():
         for probe in probes:
-            asked = _Asked.of(model, task, probe, None)
-            if asked.opening is not None:
-                check_room(model, asked.opening.tokens, asked.opening.length)
+            _asked(model, case.case_id, task, probe, None)
+
+
+def check_text(model: TransformerBridge, task: Task, probe: Probe) -> None:
+    """Raises a ValueError for a text that cannot be scored: too long, with its objects or a free answer, or merged."""
+    _Asked.of(model, task, probe, None)
+
+
+def _asked(model: TransformerBridge, case_id: str, task: Task, probe: Probe, edit: Edit | None) -> "_Asked":
+    try:
+        return _Asked.of(model, task, probe, edit)
+    except ValueError as error:
+        raise ValueError(f"a {task} text of the case {case_id!r} cannot be scored: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """What the model is asked about a probe."""
+    """What the model is asked about a probe; making it raises a ValueError for one that cannot be scored."""
 
     right: Question
     wrong: Question | None
@@ -99,7 +110,9 @@ class _Asked:
             return cls(Question(edit, right), wrong, None)
         accepted = [right, *(encode_completion(model, probe.text, alias) for alias in probe.aliases)]
         length = max(len(completion.target) for completion in accepted) + SPARE_TOKENS
-        return cls(Question(edit, right), wrong, Opening(edit, right.tokens.head(right.prompt_last + 1), length))
+        opening = Opening(edit, right.tokens.head(right.prompt_last + 1), length)
+        check_room(model, opening.tokens, opening.length)
+        return cls(Question(edit, right), wrong, opening)
 
 
 def _measures(probe: Probe, right: Answer, wrong: Answer | None) -> dict[str, Any]:

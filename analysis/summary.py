@@ -1,6 +1,7 @@
 """Summaries of a benchmark: ``summary.json``, ``summary.md`` in the layout of the paper's Table 3, ``report.html``."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import pandas as pd
 
 from analysis import plots
+from analysis.fitting import BEGINNING
 from analysis.methods import NONE
 from analysis.report import Section, write_report
 from analysis.results import Results
 from analysis.scores import PROSE
 from attn_drift.files import replacing
+from attn_drift.records import shortened
 
 # As in the paper's Table 3, and then what it reports elsewhere.
 TABLE = ("S", "ES", "PS", "NS", "RS", "DNS", "FL", "CS", "PPL")
@@ -33,6 +36,11 @@ PAIRED = (
     "context alone. PPL: mean loss."
 )
 
+LEFT_OUT = "Texts left out"
+NOT_SCORED = (
+    "The model cannot take these, so that no method is scored on them; the rest of their cases is. FL: fluency."
+)
+
 Cell = Mapping[str, Any]
 
 
@@ -44,10 +52,12 @@ def write_summaries(results: Results) -> None:
         "n_cases": results.config["cases"]["n"],
         "n_skipped": results.config["cases"]["n_skipped"],
         "n_failed": int(failed["case"].nunique()),
+        "n_left_out": len(results.left_out),
         "seed": results.config["seed"],
         "rows": results.rows,
         "differences": results.differences.to_dict("records"),
         "failures": failed.to_dict("records"),
+        "left_out": results.left_out.to_dict("records"),
         "incomplete": results.incomplete,
     }
     with replacing(results.folder / "summary.json") as temporary:
@@ -130,24 +140,37 @@ def _settings(results: Results) -> str:
     unfinished = f" Unfinished, and left out: {', '.join(results.incomplete)}." if results.incomplete else ""
     return (
         f"Format {config['cases']['format']}, seed {config['seed']}; {config['cases']['n_skipped']} records skipped, "
-        f"{failed} cases failed.{unfinished}"
+        f"{failed} cases failed, {len(results.left_out)} texts left out.{unfinished}"
     )
 
 
 def _markdown(results: Results) -> str:
-    lines = [f"# {_title(results)}", "", _settings(results), "", POOLED, "", *_table(table_three(results.rows)), ""]
+    lines = [f"# {_escaped(_title(results))}", "", _settings(results), ""]
+    lines += [POOLED, "", *_table(table_three(results.rows)), ""]
     lines += ["## Every measure", "", EXPLAINED, "", *_table(with_intervals(results.rows)), ""]
     lines += ["## Paired differences", "", PAIRED, "", *_table(paired(results)), ""]
     lines += ["## Methods", "", *_table(settings_of_methods(results))]
     if len(results.failures):
         lines += ["", "## Failed", "", *_table(results.failures)]
+    if len(results.left_out):
+        lines += ["", f"## {LEFT_OUT}", "", NOT_SCORED, "", *_table(_beginnings(results.left_out))]
     return "\n".join(lines) + "\n"
 
 
 def _table(frame: pd.DataFrame) -> list[str]:
     rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
-    cells = [[" ".join(str(cell).replace("|", "\\|").replace("<", "&lt;").split()) for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in cells]
+    return ["| " + " | ".join(_escaped(str(cell)) for cell in row) + " |" for row in rows]
+
+
+def _escaped(text: str) -> str:
+    """A text on one line, in which nothing is Markdown or HTML; underscores within words never are."""
+    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*~|$#]|(?<!\w)_|_(?!\w)|\](?=[(\[])", r"\\\g<0>", line)
+
+
+def _beginnings(left_out: pd.DataFrame) -> pd.DataFrame:
+    """The texts that were left out, shortened."""
+    return left_out.assign(text=left_out["text"].map(lambda text: shortened(text, BEGINNING)))
 
 
 def benchmark_sections(results: Results) -> list[Section]:
@@ -170,4 +193,6 @@ def benchmark_sections(results: Results) -> list[Section]:
     ]
     if len(results.failures):
         sections.append(Section("Failed", [], results.failures))
+    if len(results.left_out):
+        sections.append(Section(LEFT_OUT, [NOT_SCORED], _beginnings(results.left_out)))
     return sections

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -12,20 +12,24 @@ import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.fluency import Consistency, check_prompts, perplexity, predicted, prose
+from analysis.fitting import drop_unfit_texts
+from analysis.fluency import Consistency, perplexity, predicted, prose
 from analysis.methods import NONE, BoundMethod, Method
 from analysis.scores import DTYPES, Scores
-from analysis.specificity import check_texts, score
+from analysis.specificity import score
 from analysis.supplies import Supplies
 from attn_drift.cases import Case
 from attn_drift.datasets import Snippets
 from attn_drift.files import cache_path, keeping, replacing
 from attn_drift.hooks import is_hooked
 from attn_drift.models import load_model, origin
+from attn_drift.requests import SLOT
+from attn_drift.rewriting import request_texts
 
 log = logging.getLogger(__name__)
 
-# A part's columns: those of `Scores.frame`, and the error of a case that failed, which has a row of its own.
+# A part's columns: those of `Scores.frame`, and the error of a text that was left out, or of a case that failed (a row
+# without a task). Where there is an error there are no scores.
 PART_DTYPES = {**DTYPES, "error": "str"}
 
 LONGEST_ERROR = 500
@@ -102,26 +106,25 @@ class Worker:
     def run(self, job: Job) -> pd.DataFrame:
         """The part of a job, its rows in the order of the cases, then of the tasks.
 
-        A case that fails gives a row with its ``error``. What is wrong with its texts is found before anything is
-        edited; where something else fails, the cases of the chunk are run one at a time.
+        A text that the model cannot take gives a row with its ``error`` and is left out, whatever the method. So does a
+        case that fails, as one whose edit prompt the model cannot take does before anything is edited. Where something
+        else fails, the cases of the chunk are run one at a time.
 
         Raises:
             OSError, torch.AcceleratorError: the disk or the device is at fault, not a case.
         """
-        failed = {case.case_id: error for case in job.cases if (error := self._unfit(case)) is not None}
-        fit = [case for case in job.cases if case.case_id not in failed]
+        fit, errors = list[Case](), list[dict[str, str]]()
+        for case in job.cases:
+            try:
+                request_texts(self.model, case.request, [SLOT])
+            except ValueError as error:
+                errors.append({"case": case.case_id, "error": f"ValueError: {error}"})
+                continue
+            kept, left_out = drop_unfit_texts(self.model, case)
+            fit.append(kept)
+            errors += [asdict(text) for text in left_out]
         parts = self._isolated(job.method, fit) if fit else []
-        parts += [_failure(job.method, case_id, error) for case_id, error in failed.items()]
-        return _in_order_of(job.cases, pd.concat(parts, ignore_index=True))
-
-    def _unfit(self, case: Case) -> str | None:
-        """What is wrong with the texts of a case."""
-        try:
-            check_texts(self.model, case)
-            check_prompts(self.model, case)
-        except ValueError as error:
-            return f"ValueError: {error}"
-        return None
+        return _in_order_of(job.cases, pd.concat([*parts, _error_rows(errors)], ignore_index=True))
 
     def _isolated(self, method: str, cases: Sequence[Case]) -> list[pd.DataFrame]:
         """One part of all cases, or, where that fails, a part or a failure of each."""
@@ -136,7 +139,7 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(cases) == 1:
-            return [_failure(method, cases[0].case_id, said)]
+            return [_error_rows([{"case": cases[0].case_id, "error": said}])]
         return [part for case in cases for part in self._isolated(method, [case])]
 
     def _part(self, method: str, cases: Sequence[Case]) -> pd.DataFrame:
@@ -176,7 +179,8 @@ def _in_order_of(cases: Sequence[Case], part: pd.DataFrame) -> pd.DataFrame:
     return part.sort_values("case", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
 
 
-def _failure(method: str, case_id: str, error: str) -> pd.DataFrame:
-    error = error if len(error) <= LONGEST_ERROR else f"{error[:LONGEST_ERROR]} ..."
-    log.warning("%s: the case %r failed: %s", method, case_id, error)
-    return Scores.from_rows([{"case": case_id}]).frame.assign(error=error).astype(PART_DTYPES)
+def _error_rows(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+    """A part of rows without scores: ``case`` and ``error``, and of a text ``task`` and ``text``."""
+    errors = [row["error"] for row in rows]
+    errors = [error if len(error) <= LONGEST_ERROR else f"{error[:LONGEST_ERROR]} ..." for error in errors]
+    return Scores.from_rows(rows).frame.assign(error=errors).astype(PART_DTYPES)

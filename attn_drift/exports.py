@@ -1,10 +1,6 @@
 """An edited model as a plain Hugging Face folder, which loads without this project."""
 
 import copy
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from attn_drift.edits import Edit, compose, written_in
+from attn_drift.files import replacing
 from attn_drift.models import check_model, down_projection
 from attn_drift.tokens import own_tokenizer
 from attn_drift.weights import identities
@@ -47,7 +44,7 @@ def export(model: TransformerBridge, edit: Edit | None, folder: str | Path) -> N
         there = written_in(model)
         if more := [leaf for leaf in edit.leaves() if leaf not in there]:
             weights |= _edited(model, compose(more), weights)
-    with _appearing(folder) as temporary:
+    with replacing(folder) as temporary:
         skeleton.save_pretrained(temporary, state_dict=weights)
         own_tokenizer(model).save_pretrained(temporary)
 
@@ -91,16 +88,3 @@ def _edited(model: TransformerBridge, edit: Edit, weights: dict[str, Tensor]) ->
         weight = update.added_to(projection)
         edited[names[0]] = weight.T.contiguous() if transposed else weight
     return edited
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside ``folder``; on success it takes its place, on failure it is removed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

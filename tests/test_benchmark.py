@@ -1,5 +1,6 @@
 """The benchmark's folder: the same table however it came about, killed runs, failing cases, other runs' folders."""
 
+import errno
 import json
 import os
 import random
@@ -18,8 +19,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from small_models import CONFIGS, make_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -31,11 +34,13 @@ from analysis.benchmark import _run, benchmark
 from analysis.demo import demonstrate
 from analysis.engines import RayEngine
 from analysis.methods import BoundMethod, Method, parse_methods
-from analysis.results import Results, part_path
+from analysis.parts import part_path
+from analysis.results import Results
 from analysis.scores import Scores
 from analysis.specificity import score
 from analysis.sweep import Sweep, write_tradeoff
 from analysis.worker import PART_DTYPES, Job, Plan
+from attn_drift import moments
 from attn_drift.datasets import CaseFile, read_cases, read_snippets
 
 METHODS = ["rome:layer=0:steps=2", "rome+sadr:layer=0:steps=2:gamma=0.5"]
@@ -236,24 +241,91 @@ def test_killed_ten_times(
     assert json.loads((out / "summary.json").read_text()) == json.loads((tmp_path / "timed/summary.json").read_text())
 
 
-def test_a_failing_case_is_recorded_and_the_others_go_on(model: TransformerBridge, whole: Path, tmp_path: Path) -> None:
+def test_a_failing_case_is_recorded_and_the_others_go_on(
+    model: TransformerBridge, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its edit prompt is too long. It is logged once, not once per method."""
     records = [record(i) for i in range(7)]
     too_long = record(7)
-    too_long["p-paraphrase"]["prompts"] = ["town " * 200 + "Ada Bellini plays the"]
+    too_long["requested_rewrite"]["prompt"] = "town " * 200 + "Ada Bellini plays the"
     cases = read_cases(write(tmp_path / "cases.json", [*records[:3], too_long, *records[3:]]))
-    results = benchmark(model, cases, METHODS[:1], tmp_path / "out", batch_cases=4)
+    results = benchmark(model, cases, METHODS, tmp_path / "out", batch_cases=4)
     failures = results.failures
-    assert list(zip(failures["method"], failures["case"], strict=True)) == [
-        ("none", "case 7"),
-        (METHODS[0], "case 7"),
-    ]
+    assert list(zip(failures["method"], failures["case"], strict=True)) == [(name, "case 7") for name in NAMES]
     assert failures["error"].str.contains("ValueError: the text has .* tokens, more than the model's context").all()
-    for name in NAMES[:2]:
+    assert [record.message[:32] for record in caplog.records if "case 7" in record.message] == [
+        "the case 'case 7' failed: ValueE"
+    ]
+    for name in NAMES:
         pd.testing.assert_frame_equal(
             results.scores(name).frame, Results(whole).scores(name).frame, rtol=1e-4, atol=1e-5
         )
     assert json.loads((tmp_path / "out/summary.json").read_text())["n_failed"] == 1
     assert "case 7" in (tmp_path / "out/summary.md").read_text(encoding="utf-8")
+
+
+def with_texts_too_long(i: int) -> dict[str, Any]:
+    """A record with a paraphrase and a prompt that do not fit the context, and an NS text that does, but not as DNS."""
+    too_long = record(i)
+    new = too_long["requested_rewrite"]["target_new"]
+    too_long["p-paraphrase"]["prompts"].append("town " * 200 + "Ada Bellini plays the")
+    too_long["p-paraphrase"]["targets"].append(new)
+    too_long["l-neighbor"]["prompts"].append("In town " * 36 + "Eve plays the")
+    too_long["l-neighbor"]["targets"].append("piano")
+    too_long["generation"]["prompts"].append("The man met " * 30)
+    return too_long
+
+
+def test_texts_that_do_not_fit_are_left_out_and_the_case_keeps_the_others(
+    model: TransformerBridge, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For all methods alike, so that they stay paired; counted, named, logged once."""
+    records = [with_texts_too_long(i) if i in (1, 4) else record(i) for i in range(7)]
+    results = benchmark(model, read_cases(write(tmp_path / "cases.json", records)), METHODS, tmp_path / "out")
+    assert not len(results.failures)
+    left_out = results.left_out
+    assert [tuple(row) for row in left_out[["case", "task"]].to_numpy()] == [
+        (f"case {i}", task) for i in (1, 4) for task in ("PS", "DNS", "FL")
+    ]
+    assert left_out["error"].str.contains("more than the model's context of 160").all()
+    assert left_out["text"].map(len).min() > 100
+    for name in NAMES:
+        # Beside what was left out the same texts, with the same scores, as without those texts.
+        mine, theirs = results.scores(name).frame, Results(whole).scores(name).frame
+        added = mine["text"].str.startswith("In town In town")
+        assert mine[added]["task"].tolist() == ["NS"] * 2
+        pd.testing.assert_frame_equal(
+            mine[~added].reset_index(drop=True), theirs, rtol=1e-4, atol=1e-5, check_exact=False
+        )
+    said = [record.message for record in caplog.records if record.message.startswith("left out: ")]
+    assert len(said) == 6 and said[0].startswith("left out: a PS text of the case 'case 1', 'town town")
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["n_failed"], summary["n_left_out"], len(summary["left_out"])) == (0, 6, 6)
+    page = (tmp_path / "out/summary.md").read_text(encoding="utf-8")
+    assert "0 cases failed, 6 texts left out." in page and "| case 4 | FL | The man met" in page
+    assert "Texts left out" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    # DNS texts are paired with NS texts: of the other cases, where there are as many.
+    pair = results.differences.query("metric == 'DNS_p_right' and second == 'none, without it'")
+    assert pair["n"].tolist() == [5]
+    # Nothing is left to retry.
+    assert benchmark(model, read_cases(tmp_path / "cases.json"), METHODS, tmp_path / "out", retry_failed=True).rows
+
+
+def test_a_case_with_no_text_that_fits(model: TransformerBridge, tmp_path: Path) -> None:
+    """It is finished, and no row of the table."""
+    long = record(0) | {name: {"prompts": ["town " * 200], "targets": ["piano"]} for name in ("rewrite", "l-neighbor")}
+    long |= {"p-paraphrase": {"prompts": []}, "l-relation": {"prompts": []}}
+    cases = read_cases(write(tmp_path / "cases.json", [long, record(2)]))
+    results = benchmark(model, cases, METHODS[:1], tmp_path / "out", batch_cases=1)
+    assert results.left_out["case"].unique().tolist() == ["case 0"] and not len(results.failures)
+    assert results.scores(METHODS[0]).frame["case"].unique().tolist() == ["case 2"] and not results.incomplete
+
+
+def test_names_are_no_markdown(model: TransformerBridge, tmp_path: Path) -> None:
+    name = "_a_ *b* [c](d) <script>`e` x_y | f.json"
+    benchmark(model, read_cases(write(tmp_path / name, [record(0)])), [], tmp_path / "out")
+    title = (tmp_path / "out/summary.md").read_text(encoding="utf-8").splitlines()[0]
+    assert title.endswith(r"1 cases of \_a\_ \*b\* [c\](d) &lt;script>\`e\` x_y \| f.json")
 
 
 def test_a_run_in_which_every_case_fails_has_its_summaries(
@@ -386,6 +458,60 @@ def test_a_fault_that_is_no_cases_stops_the_run(
     with pytest.raises(OSError, match="no space left"):
         benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
     assert len(list(tmp_path.rglob("*.parquet"))) == 4 and not (tmp_path / ".lock").exists()
+    benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert_same(whole, tmp_path)
+
+
+def fill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No library can write to a folder any more."""
+
+    def refusing(write: Callable[..., Any], error: Exception, place: int) -> Callable[..., Any]:
+        def written(*args: Any, **options: Any) -> Any:
+            if Path(args[place]).is_relative_to(folder):
+                raise error
+            return write(*args, **options)
+
+        return written
+
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for owner, name, error, place in (
+        (safetensors.torch, "serialize_file", SafetensorError(message), 1),
+        (pd.DataFrame, "to_parquet", full, 1),
+        (Path, "write_text", full, 0),
+    ):
+        monkeypatch.setattr(owner, name, refusing(getattr(owner, name), error, place))
+
+
+def test_a_full_cache_costs_no_case(
+    model: TransformerBridge,
+    cases: CaseFile,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Contexts, moments and unedited scores are made once, kept in memory, and the disk is named once."""
+    monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "cache"))
+    fill(tmp_path / "cache", monkeypatch)
+    sampled: list[int] = []
+    plain = moments.sample_documents
+    monkeypatch.setattr(moments, "sample_documents", lambda *args: sampled.append(1) or plain(*args))
+    results = benchmark(model, cases, METHODS, tmp_path / "out", batch_cases=2)
+    assert not len(results.failures) and sampled == [1]
+    assert_same(whole, tmp_path / "out")
+    said = [record.message for record in caplog.records if "cache" in record.message]
+    assert len(said) == 1 and f"the cache {tmp_path / 'cache'} cannot be written" in said[0]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_parts(
+    model: TransformerBridge, cases: CaseFile, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=r"No space .* write elsewhere: .*000000\.parq"):
+        fill(part_path(tmp_path, METHODS[1], 0).parent, patched)
+        benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
+    assert len(list(tmp_path.rglob("*.parquet"))) == 2 and not list(tmp_path.rglob(".*"))
     benchmark(model, cases, METHODS, tmp_path, batch_cases=2)
     assert_same(whole, tmp_path)
 
@@ -565,12 +691,28 @@ def test_the_command_killed_and_run_again(folder: str, cases: CaseFile, whole: P
         pd.testing.assert_frame_equal(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_ends_non_zero_with_a_count(folder: str, tmp_path: Path) -> None:
-    too_long = record(0) | {"p-paraphrase": {"prompts": ["town " * 200], "targets": ["cello"]}}
-    path = write(tmp_path / "cases.json", [record(1), too_long])
-    arguments = ["bench", str(path), "--model", folder, "--editors", "none", "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 1 and "1 of 2 cases failed" in result.stderr
+def test_the_status_of_the_command(folder: str, tmp_path: Path) -> None:
+    """0 finished; 1 a case failed; 3 texts are left out; a failed case weighs more. The help says so."""
+    unfit = record(2)
+    unfit["requested_rewrite"]["prompt"] = "town " * 200 + "The man plays the"
+    for status, records, said in (
+        (0, [record(1)], ""),
+        (1, [record(1), unfit], "1 of 2 cases failed"),
+        (
+            3,
+            [record(1), with_texts_too_long(4)],
+            "texts left out: 3 (see summary.md), such as a PS text of the case 'case 4'",
+        ),
+        (1, [unfit, with_texts_too_long(4)], "1 of 2 cases failed"),
+    ):
+        path = write(tmp_path / "cases.json", records)
+        out = tmp_path / f"{status} {len(said)}{records[0]['case_id']}"
+        arguments = ["bench", str(path), "--model", folder, "--editors", "none", "--out", str(out)]
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == status and said in result.stderr, result.output
+    for command in ("bench", "sweep", "sequence"):
+        shown = " ".join(CliRunner().invoke(cli.app, [command, "--help"]).output.split())
+        assert "Exit status: 0 finished; 1 an error" in shown and "3 finished, but some texts left out" in shown
 
 
 def test_a_bad_record_stops_the_command_before_a_model_loads(

@@ -184,6 +184,30 @@ def test_alphaedit_spares_the_keys_of_earlier_steps(make_model: Make) -> None:
         assert moved[0] < 0.1 * moved[1]
 
 
+def test_texts_that_do_not_fit_are_left_out(
+    small: TransformerBridge, in_pairs: EditSequence, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And change nothing else; what the sequence does not score does not matter."""
+    long = Probe("town " * 80 + "Ada plays the", OBJECTS[0], OBJECTS[1])
+    given = cases()
+    first = given[0].probes
+    probes = {**first, "PS": (*first["PS"], long), "NS": (long, *first["NS"]), "commonsense": (long,)}
+    given[0] = replace(given[0], probes=probes, generation=("town " * 80,))
+    found = edit_sequence(small, given, ROME, per_step=2)
+    assert [(text.case, text.task, text.text) for text in found.left_out] == [
+        ("case 0", task, long.text) for task in ("PS", "NS")
+    ]
+    pd.testing.assert_frame_equal(found.texts, in_pairs.texts)
+    said = [record.message for record in caplog.records if record.message.startswith("left out: a")]
+    assert len(said) == 2 and "a PS text of the case 'case 0', 'town town" in said[0]
+    found.save(tmp_path)
+    assert EditSequence.load(tmp_path, small).left_out == found.left_out
+    record = json.loads((tmp_path / sequences.RECORD).read_text())
+    del record["left_out"]
+    (tmp_path / sequences.RECORD).write_text(json.dumps(record))
+    assert EditSequence.load(tmp_path, small).left_out == (), "of a folder from before"
+
+
 def second(monkeypatch: pytest.MonkeyPatch, make: Callable[[ad.Edit], ad.Edit]) -> None:
     """What becomes of the second edit."""
 
@@ -322,3 +346,21 @@ def test_command(tmp_path: Path, demo: TransformerBridge, monkeypatch: pytest.Mo
         result = runner.invoke(cli.app, [*run, *more])
         assert result.exit_code == 1 and message in str(result.exception)
     assert asked == ["rome+sadr:steps=2"]
+
+
+def test_the_command_with_texts_left_out(
+    tmp_path: Path, demo: TransformerBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: demo)
+    runner, path = CliRunner(), tmp_path / "cases.json"
+    assert runner.invoke(cli.app, ["demo-cases", "--n", "2", "--out", str(path)]).exit_code == 0
+    records = json.loads(path.read_text())
+    records[1]["p-paraphrase"]["prompts"][0] = "Once upon a time " * 100
+    path.write_text(json.dumps(records))
+    run = ["sequence", str(path), "--model", "demo", "--out", str(tmp_path / "out"), "--editors", "rome:steps=2"]
+    for _ in range(2):
+        result = runner.invoke(cli.app, run)
+        assert result.exit_code == 3 and "texts left out: 1 (see sequence.json), such as a PS text" in result.stderr
+    told = json.loads((tmp_path / "out/sequence.json").read_text(encoding="utf-8"))
+    assert [text["task"] for text in told["rome:steps=2"]["left_out"]] == ["PS"]
+    assert "Left out: a PS text of the case" in (tmp_path / "out/sequence.html").read_text(encoding="utf-8")

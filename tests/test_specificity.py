@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attn_drift as ad
+from analysis.fitting import drop_unfit_texts
 from analysis.scores import results_row
 from analysis.specificity import begins, score
 from attn_drift.cases import TASKS, Case, Probe
@@ -275,7 +276,7 @@ def test_results_row_leaves_out_what_is_not_offered() -> None:
     assert row["ES"]["n"] == 3 and 0 <= row["ES"]["low"] <= row["ES"]["mean"] <= row["ES"]["high"] <= 1
 
 
-def test_bad_input_is_named(make_model: Make) -> None:
+def test_bad_input_is_named(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bridge("gpt2")
     with pytest.raises(ValueError, match="no cases"):
         score(model, [])
@@ -284,10 +285,44 @@ def test_bad_input_is_named(make_model: Make) -> None:
     long = Case("long", REQUEST, {"ES": (Probe("The man " * 31, "Ada", "Carla"),)})
     with pytest.raises(ValueError, match=r"together more than the model's context of 64; shorten it: 'The man The"):
         score(model, [*CASES, long])
+    tasks = {"commonsense": Probe("The man is", "in town. " * 40, "and"), "RS": Probe("Ada", "in", "town " * 80)}
+    for task, probe in tasks.items():
+        unfit = Case("one of many", REQUEST, {**CASES[0].probes, task: (probe,)})
+        with monkeypatch.context() as patched:
+            patched.setattr(TransformerBridge, "forward", None)
+            with pytest.raises(
+                ValueError, match=rf"^a {task} text of the case 'one of many' cannot be scored: the text"
+            ):
+                score(model, [*CASES, unfit])
     training = make_model("gpt2")
     training.train()
     with pytest.raises(ValueError, match="training mode"):
         score(training, CASES)
+
+
+def test_texts_that_cannot_be_scored_are_left_out() -> None:
+    """Longer than the context with an object or a free answer, or merged with an object; the others are scored."""
+    model, fits = bridge("gpt2"), CASES[1].probes
+    n = next(n for n in range(64) if len(model.tokenizer("The man " * n + "is in")["input_ids"]) > 64 - 2)
+    bad: dict[str, Probe] = {
+        "ES": Probe("Ada " * 40, "in", "town"),
+        "NS": Probe("The man is", "in", "town " * 60),
+        "alias": Probe("The man is", "in", None, ("town " * 60,)),
+        "reasoning": Probe("The man " * n + "is", "in", None),
+        "commonsense": Probe("The man is", "in " * 80, "town"),
+        "RS": Probe("The man is", " ", "town"),
+    }
+    probes = {task: (*fits.get(task, ()), bad[task]) if task in bad else fits[task] for task in {**fits, **bad}}
+    kept, left_out = drop_unfit_texts(model, replace(CASES[1], probes=probes, generation=("Ada", "The man " * 40)))
+    assert {(text.task, text.text) for text in left_out} == {
+        *((task, probe.text) for task, probe in bad.items()),
+        ("FL", "The man " * 40),
+        ("FL", "Ada"),  # with 100 tokens more than the context of 64
+    }
+    assert {text.case for text in left_out} == {"second"} and all(text.error for text in left_out)
+    assert {task: own for task, own in kept.probes.items() if own} == dict(fits) and kept.generation == ()
+    pd.testing.assert_frame_equal(score(model, [kept]).frame, score(model, [CASES[1]]).frame)
+    assert drop_unfit_texts(model, CASES[0]) == (CASES[0], [])
 
 
 def test_cases_of_the_demo_world() -> None:

@@ -196,6 +196,38 @@ def _stream_and_die(model: TransformerBridge, text: Path, out: Path, n_batches: 
     stream_moments(model, [1, 2], text, 500, out)
 
 
+def test_killed_in_the_middle_of_a_checkpoint(
+    small: TransformerBridge, text: Path, tmp_path: Path, in_small_steps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 when the second one is half written: it is gone as soon as the run begins again, from the first."""
+    whole = stream_moments(small, [1], text, 500, tmp_path / "whole")
+    out, write, n_written = tmp_path / "killed", streaming.save_file, 0
+
+    def written_and_killed(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        nonlocal n_written
+        n_written += 1
+        write(tensors, path, metadata=metadata)
+        if n_written == 2:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        try:
+            streaming.save_file = written_and_killed
+            stream_moments(small, [1], text, 500, out)
+        finally:  # whatever happens, the child is no second pytest
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and len(list(out.rglob("checkpoint.safetensors"))) == 2
+    restore, found = streaming._Stream._restore, list[list[Path]]()
+    monkeypatch.setattr(streaming._Stream, "_restore", lambda run: (found.append(sorted(out.rglob("*"))), restore(run)))
+    again = stream_moments(small, [1], text, 500, out)
+    assert found == [[out / ".lock", out / "checkpoint.safetensors", out / "config.json"]]
+    assert torch.equal(again.moments[1].matrix, whole.moments[1].matrix)
+    assert not list(out.rglob(".*"))
+
+
 def _restored(model: TransformerBridge, out: Path) -> int:
     with safe_open(out / "checkpoint.safetensors", framework="pt") as file:
         return int(json.loads(file.metadata()["state"])["n_tokens"])

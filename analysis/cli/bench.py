@@ -7,7 +7,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from analysis.cli.common import Device, Dtype, Model, Out, Seed, SkipInvalid, app, console, precision_of, quiet, show
+from analysis.cli.common import (
+    TEXTS_LEFT_OUT,
+    Device,
+    Dtype,
+    Model,
+    Out,
+    Seed,
+    SkipInvalid,
+    app,
+    console,
+    precision_of,
+    quiet,
+    say_left_out,
+    show,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +60,10 @@ def bench(
     dtype: Dtype = "float32",
     device: Device = None,
 ) -> None:
-    """Run editors on a file of cases: the paper's Table 3, with intervals, controls and paired differences."""
+    """Run editors on a file of cases: the paper's Table 3, with intervals, controls and paired differences.
+
+    Exit status: 0 finished; 1 an error, or some cases failed; 2 bad options; 3 finished, but some texts left out.
+    """
     results = _benchmark(
         cases,
         model,
@@ -91,7 +108,10 @@ def sweep(
     dtype: Dtype = "float32",
     device: Device = None,
 ) -> None:
-    """What a restriction costs and saves, by gamma and by other knobs: the trade-off curve."""
+    """What a restriction costs and saves, by gamma and by other knobs: the trade-off curve.
+
+    Exit status: 0 finished; 1 an error, or some cases failed; 2 bad options; 3 finished, but some texts left out.
+    """
     from analysis.sweep import Sweep, write_tradeoff
 
     knobs = {"gamma": gamma, "learning_rate": learning_rate, "steps": steps, "kl_factor": kl_factor}
@@ -169,7 +189,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def _finish(results: "Results") -> None:
-    """Shows the table and where the rest is; ends the command with 1 if a case failed."""
+    """Shows the table and where the rest is; ends the command with its status where not all was scored."""
+    from analysis.fitting import LeftOut
     from analysis.summary import table_three
 
     # Half-widths below the means, so that the table fits a terminal.
@@ -177,7 +198,9 @@ def _finish(results: "Results") -> None:
     console.print(show(table, escape(str(results.config["model"]["name"]))))
     said = f"Everything else: {results.folder / 'summary.md'}, report.html, summary.json"
     console.print(said, markup=False, soft_wrap=True)
-    n_failed = results.failures["case"].nunique()
+    left_out, n_failed = results.left_out, results.failures["case"].nunique()
+    if len(left_out):
+        say_left_out(len(left_out), LeftOut(*left_out.iloc[0]), "summary.md")
     if n_failed:
         example = results.failures.iloc[0]
         Console(stderr=True).print(
@@ -187,4 +210,5 @@ def _finish(results: "Results") -> None:
             markup=False,
             soft_wrap=True,
         )
-        raise typer.Exit(1)
+    if n_failed or len(left_out):
+        raise typer.Exit(1 if n_failed else TEXTS_LEFT_OUT)

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from analysis.fitting import LeftOut
     from attn_drift.cases import Case, Task
 
 # The libraries behind the commands take seconds to import, so that each command imports what it needs.
+
+# The exit status of a run that came to its end with texts left out; 1 is an error or a failed case, 2 bad arguments.
+TEXTS_LEFT_OUT = 3
 
 app = typer.Typer(help="Attention drift in knowledge editing: see it, measure it, restrict it.", no_args_is_help=True)
 console = Console()
@@ -77,6 +81,12 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def say_left_out(n: int, example: "LeftOut", where: str) -> None:
+    """Says on the error stream how many texts the model cannot take."""
+    said = f"texts left out: {n} (see {where}), such as {example}"
+    Console(stderr=True).print(said, style="yellow", markup=False, soft_wrap=True)
 
 
 def show(frame: "pd.DataFrame", title: str) -> Table:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,21 @@ import typer
 from rich.markup import escape
 
 from analysis.cli.bench import CasesFile, Moments
-from analysis.cli.common import Device, Dtype, Model, Out, Seed, SkipInvalid, app, console, precision_of, quiet, show
+from analysis.cli.common import (
+    TEXTS_LEFT_OUT,
+    Device,
+    Dtype,
+    Model,
+    Out,
+    Seed,
+    SkipInvalid,
+    app,
+    console,
+    precision_of,
+    quiet,
+    say_left_out,
+    show,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,7 +56,10 @@ def sequence_of_edits(
     dtype: Dtype = "float32",
     device: Device = None,
 ) -> None:
-    """Edit facts one after the other: how many edits are retained, what they break, how large they grow."""
+    """Edit facts one after the other: how many edits are retained, what they break, how large they grow.
+
+    Exit status: 0 finished; 1 an error; 2 bad options; 3 finished, but some texts left out.
+    """
     from attn_drift.datasets import read_cases
 
     if per_step < 1:
@@ -70,6 +88,10 @@ def sequence_of_edits(
         if sequence.error is not None:
             console.print(f"{name} stopped at {sequence.error}", style="red", markup=False, soft_wrap=True)
     console.print(f"Curves: {out / 'sequence.html'}, sequence.json", markup=False, soft_wrap=True)
+    # The same for every method.
+    if left_out := next(iter(found.values())).left_out:
+        say_left_out(len(left_out), left_out[0], "sequence.json")
+        raise typer.Exit(TEXTS_LEFT_OUT)
 
 
 def _sequences(
@@ -119,9 +141,13 @@ def _go_on(out: Path, config: dict[str, Any]) -> None:
 
 
 def _record(found: "Mapping[str, EditSequence]") -> dict[str, Any]:
-    """Of each method the table of its steps, as JSON takes it, and where it stopped."""
+    """Of each method the table of its steps, as JSON takes it, where it stopped, and the texts left out."""
     return {
-        name: {"error": sequence.error, "steps": json.loads(sequence.steps.to_json(orient="records"))}
+        name: {
+            "error": sequence.error,
+            "steps": json.loads(sequence.steps.to_json(orient="records")),
+            "left_out": [asdict(text) for text in sequence.left_out],
+        }
         for name, sequence in found.items()
     }
 
@@ -164,6 +190,7 @@ def _write_page(path: Path, model: str, found: "Mapping[str, EditSequence]", per
         "they drown what the layer did). Norm ratio: their norm in units of the weight's. Of several layers the "
         "largest.",
         *stopped,
+        *[f"Left out: {text}." for text in next(iter(found.values())).left_out],
     ]
     section = Section("What is left of edits, and what they break", told, _table(found, page=True))
     curves = Section("Step by step", figures=[plots.retention(found)])

@@ -1,0 +1,145 @@
+"""The parts of a benchmark, one per method and chunk, and the manifest that says what each holds.
+
+A part is written first and listed after: one that is not in the manifest counts as not written, since the run was
+killed in between. A listed one is checked against its digest whenever it is read.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from attn_drift.files import name_write_errors, replacing
+
+PARTS, MANIFEST = "parts", "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part as it was written.
+
+    Attributes:
+        path: of its file.
+        sha256: digest of the file.
+        cases: their ids, in the order of the chunk; those that failed among them.
+    """
+
+    path: Path
+    sha256: str
+    cases: tuple[str, ...]
+
+    def content(self) -> bytes:
+        """The file's content.
+
+        Raises:
+            ValueError: it is not what was written.
+        """
+        content = self.path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise ValueError(
+                f"the part {self.path} is damaged or was changed after it was written (its digest is not that of "
+                f"{MANIFEST}); delete it and run the benchmark again"
+            )
+        return content
+
+    def read(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The rows, or some columns of them; errors are those of `content`."""
+        return pd.read_parquet(io.BytesIO(self.content()), columns=None if columns is None else list(columns))
+
+
+def part_path(folder: Path, method: str, chunk: int) -> Path:
+    """The file of a chunk."""
+    return folder / PARTS / re.sub(r"[^\w.+=-]", "_", method) / f"{chunk:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of the manifest: a part's name within the folder, its digest and cases; a later line replaces it.
+
+    Without a digest: the part is about to be replaced, and does not count until the next line says what it holds.
+    """
+
+    part: str
+    sha256: str | None
+    cases: list[str]
+
+    @classmethod
+    def parse(cls, text: str) -> "_Line":
+        """Raises a ValueError for what is no such line."""
+        match json.loads(text):
+            case {"part": str(part), "sha256": str() | None as sha256, "cases": list(cases)}:
+                return cls(part, sha256, cases)
+        raise ValueError(f"expected an object of part, sha256 and cases, not {text[:60]!r}")
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
+
+class Manifest:
+    """Which parts a folder has.
+
+    Raises:
+        ValueError: there are parts without a manifest, or it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / MANIFEST
+        if not self.path.is_file() and any(folder.glob(f"{PARTS}/*/*.parquet")):
+            raise ValueError(
+                f"{folder} has parts but no {MANIFEST}: it was written before parts had digests, so that they cannot "
+                f"be checked; delete {folder / PARTS} to compute them again, or give another folder"
+            )
+        self._lines = {line.part: line for line in self._read()}
+
+    def _read(self) -> list[_Line]:
+        if not self.path.is_file():
+            return []
+        try:
+            # What follows the last end of a line was cut short when the run was killed.
+            return [_Line.parse(text) for text in self.path.read_text(encoding="utf-8").split("\n")[:-1]]
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path} is damaged ({error}); delete it together with {self.folder / PARTS} to compute all parts "
+                "again, or give another folder"
+            ) from error
+
+    def part(self, method: str, chunk: int) -> Part | None:
+        """The part of a chunk; None where it has not been written, or was deleted."""
+        path = part_path(self.folder, method, chunk)
+        line = self._lines.get(self._name(path))
+        if line is None or line.sha256 is None or not path.is_file():
+            return None
+        return Part(path, line.sha256, tuple(line.cases))
+
+    def parts(self, method: str) -> list[Part]:
+        """The parts of a method, in the order of the chunks."""
+        chunks = (int(path.stem) for path in part_path(self.folder, method, 0).parent.glob("[0-9]*.parquet"))
+        return [part for chunk in sorted(chunks) if (part := self.part(method, chunk)) is not None]
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def begin(self) -> None:
+        """Writes the manifest anew, without what later lines replaced or a killed run cut short; parts may follow."""
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(map(str, self._lines.values())), encoding="utf-8")
+
+    def write(self, method: str, chunk: int, cases: Sequence[str], table: pd.DataFrame) -> None:
+        """Writes a part in place of an earlier one, if any, and lists it."""
+        path = part_path(self.folder, method, chunk)
+        if self._name(path) in self._lines:
+            self._append(_Line(self._name(path), None, []))
+        with replacing(path) as temporary:
+            table.to_parquet(temporary, index=False)
+            sha256 = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        self._append(_Line(self._name(path), sha256, list(cases)))
+
+    def _append(self, line: _Line) -> None:
+        self._lines[line.part] = line
+        with name_write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(str(line))
