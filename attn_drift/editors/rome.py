@@ -154,8 +154,8 @@ def rome(
     """
     single = isinstance(requests, EditRequest)
     several = listed(requests)
-    config = ROMEConfig.for_model(model) if config is None else config
     check_model(model)
+    config = ROMEConfig.for_model(model) if config is None else config
     check_layer(model, config.layer)
     check_finite(model)
     term = None if restrict is None else restrict.bind(model, config.layer)
