@@ -11,6 +11,8 @@ from torch import Tensor
 from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.models import check_model
+
 KINDS = ("previous_token", "duplicate_token", "induction", "copying")
 
 
@@ -28,7 +30,8 @@ def head_kinds(model: TransformerBridge, texts: Sequence[str]) -> pd.DataFrame:
         A row per head: ``layer``, ``head``, and one column per kind.
 
     Raises:
-        ValueError: no texts, or one that is too long for the model's context when told twice.
+        ValueError: a model that cannot be edited, no texts, or one that is too long for the model's context when told
+            twice.
     """
     doubled = told_twice(model, texts)
     scores = {kind: detect_head(model, doubled, f"{kind}_head") for kind in KINDS[:3]}
@@ -40,6 +43,7 @@ def head_kinds(model: TransformerBridge, texts: Sequence[str]) -> pd.DataFrame:
 
 def told_twice(model: TransformerBridge, texts: Sequence[str]) -> list[str]:
     """Each text twice in a row; raises a ValueError as `head_kinds` does."""
+    check_model(model)
     doubled = [f"{text} {text}" for text in texts]
     if not doubled:
         raise ValueError("no texts were given; expected at least one")

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.interventions import Batch, Text, outcomes
 from attn_drift.hooks import Hook, attended, attending, head_output_point, head_value_point, pattern_point
-from attn_drift.models import check_layer
+from attn_drift.models import check_layer, check_model
 
 Head = tuple[int, int]
 Pattern = Float[Tensor, "text head query key"]
@@ -26,7 +26,9 @@ TOLERANCE = 0.02
 
 
 def heads_of(model: TransformerBridge, layers: Collection[int]) -> set[Head]:
-    """All heads of some layers."""
+    """All heads of some layers; raises a ValueError for a layer that the model does not have."""
+    for layer in layers:
+        check_layer(model, layer)
     return {(layer, head) for layer in layers for head in range(model.cfg.n_heads)}
 
 
@@ -135,6 +137,7 @@ def sweep_layers(
     Raises:
         ValueError: a window that is not within 1 and the number of layers.
     """
+    check_model(model)
     n_layers = model.cfg.n_layers
     if not 1 <= window <= n_layers:
         raise ValueError(f"the window is {window} layers; expected 1 to {n_layers}")

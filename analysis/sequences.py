@@ -29,8 +29,7 @@ from attn_drift.cases import Case, Probe, Task
 from attn_drift.editors.shared import EXPLODED, texts_of
 from attn_drift.edits import Edit, compose
 from attn_drift.files import replacing
-from attn_drift.hooks import is_hooked
-from attn_drift.models import down_projection
+from attn_drift.models import disturbance, down_projection
 from attn_drift.requests import EditRequest
 from attn_drift.restriction import SADR
 from attn_drift.tokens import Completion, encode_completion
@@ -226,9 +225,9 @@ def _checked(
         raise ValueError("no cases were given; expected at least one")
     if per_step < 1:
         raise ValueError(f"per_step is {per_step}; expected at least 1")
-    if is_hooked(model):
-        raise ValueError("hooks are attached to the model, such as an edit in effect; take them off first")
     check_input(model, cases, None)
+    if (why := disturbance(model)) is not None:
+        raise ValueError(f"{model.cfg.model_name} does not compute what its weights say: {why}")
     bound = Method.parse(method).bind(model)
     if bound.config is None:
         raise ValueError(f"the method {method!r} edits nothing; the unedited model is step 0 of every sequence")

@@ -90,6 +90,7 @@ def sweep_windows(
 
     Args, errors: as of `substitute`; ``window``, in layers, must be within 1 and their number (6 in the paper).
     """
+    check_model(model)
     _check_window(model, window)
     parts = []
     for first in range(model.cfg.n_layers - window + 1):
@@ -134,13 +135,13 @@ def causal_trace(
         ValueError: another kind, noise that is not positive, no draws, a window that is not within 1 and the number of
             layers, no texts, or a text without its subject.
     """
+    check_model(model)
     points = [stream_point(layer, kind) for layer in range(model.cfg.n_layers)]
     _check_window(model, window)
     if not 0 < noise < float("inf"):
         raise ValueError(f"the noise is {noise} standard deviations; expected a positive number")
     if draws < 1:
         raise ValueError(f"{draws} draws were asked for; expected at least 1")
-    check_model(model)
     lone = [_repeated(model, text, 1) for text in texts]
     places = [list(_places(batch)) for batch in lone]
     clean = outcomes(model, texts)

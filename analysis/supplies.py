@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.caches import is_usable
 from attn_drift.moments import SecondMoment, sampled_moments
 from attn_drift.sampling import sample_contexts
 from attn_drift.streaming import moment_path
@@ -14,6 +15,8 @@ from attn_drift.streaming import moment_path
 
 class Supplies:
     """What edits of a model share, made when it is first needed and kept: contexts and second moments.
+
+    What is made while something disturbs the model, such as an edit in effect, is not kept.
 
     Args:
         model: the model.
@@ -31,7 +34,10 @@ class Supplies:
         """`sample_contexts` from the seed."""
         if lengths not in self._contexts:
             generator = torch.Generator().manual_seed(self.seed)
-            self._contexts[lengths] = sample_contexts(self.model, generator, lengths)
+            contexts = sample_contexts(self.model, generator, lengths)
+            if not is_usable(self.model):
+                return contexts
+            self._contexts[lengths] = contexts
         return self._contexts[lengths]
 
     def moment(self, layer: int) -> SecondMoment:
@@ -47,7 +53,10 @@ class Supplies:
         """
         missing = [layer for layer in layers if layer not in self._moments]
         if missing and self.folder is None:
-            self._moments |= sampled_moments(self.model, missing)
+            sampled = sampled_moments(self.model, missing)
+            if not is_usable(self.model):
+                return {layer: (self._moments | sampled)[layer] for layer in layers}
+            self._moments |= sampled
         elif self.folder is not None:
             self._moments |= {layer: self._read(self.folder, layer) for layer in missing}
         return {layer: self._moments[layer] for layer in layers}

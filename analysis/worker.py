@@ -18,11 +18,10 @@ from analysis.methods import NONE, BoundMethod, Method
 from analysis.scores import DTYPES, Scores
 from analysis.specificity import score
 from analysis.supplies import Supplies
+from attn_drift.caches import cached
 from attn_drift.cases import Case
 from attn_drift.datasets import Snippets
-from attn_drift.files import cache_path, keeping, replacing
-from attn_drift.hooks import is_hooked
-from attn_drift.models import load_model, origin
+from attn_drift.models import disturbance, load_model, origin
 from attn_drift.requests import SLOT
 from attn_drift.rewriting import request_texts
 
@@ -81,14 +80,14 @@ class Worker:
         options: of `load_model`.
 
     Raises:
-        ValueError: an edit is in effect, a method's settings do not fit the model, or a text for perplexity does not;
-            before the model runs.
+        ValueError: the model does not compute what its weights say (an edit in effect, another hook, autocast), a
+            method's settings do not fit it, or a text for perplexity does not; before the model runs.
     """
 
     def __init__(self, model: TransformerBridge | str, plan: Plan, options: dict[str, Any] | None = None) -> None:
         self.model, self.plan = load_model(model, **(options or {})), plan
-        if is_hooked(self.model):
-            raise ValueError("hooks are attached to the model, such as an edit in effect; take them off first")
+        if (why := disturbance(self.model)) is not None:
+            raise ValueError(f"{self.model.cfg.model_name} does not compute what its weights say: {why}")
         self.methods: dict[str, BoundMethod] = {m.name: m.bind(self.model) for m in plan.methods}
         self.supplies = Supplies(self.model, plan.seed, plan.moments)
         predicted(self.model, plan.corpus)  # raises where a text does not fit
@@ -152,16 +151,8 @@ class Worker:
             **{library: version(library) for library in LIBRARIES},
             "cases": hashlib.sha256(content.encode()).hexdigest(),
         }
-        path = cache_path("unedited", ".parquet", key)
-        if path.is_file():
-            try:
-                return pd.read_parquet(path)[list(PART_DTYPES)].astype(PART_DTYPES)
-            except (ValueError, KeyError, OSError) as error:
-                log.warning("the cached scores %s are damaged (%s); they are computed anew", path, error)
-        part = self._scored(method, cases)
-        with keeping(), replacing(path) as temporary:
-            part.to_parquet(temporary, index=False)
-        return part
+        rows = cached(self.model, "unedited", key, lambda: _rows(self._scored(method, cases)))
+        return pd.DataFrame(rows, columns=list(PART_DTYPES)).astype(PART_DTYPES)
 
     def _scored(self, method: str, cases: Sequence[Case]) -> pd.DataFrame:
         edits = self.methods[method].edits([case.request for case in cases], self.supplies)
@@ -172,6 +163,13 @@ class Worker:
         ]
         part = pd.concat([table.frame for table in tables], ignore_index=True).assign(error=None)
         return _in_order_of(cases, part.astype(PART_DTYPES))
+
+
+def _rows(part: pd.DataFrame) -> list[list[Any]]:
+    """A part as JSON holds it, with None where a value is missing."""
+    values = part[list(PART_DTYPES)].astype(object)
+    rows: list[list[Any]] = values.where(values.notna(), None).to_numpy().tolist()
+    return rows
 
 
 def _in_order_of(cases: Sequence[Case], part: pd.DataFrame) -> pd.DataFrame:

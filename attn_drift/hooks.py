@@ -5,6 +5,7 @@ Nothing else in the project names a hook point or attaches a hook.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,12 +14,16 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules import module as torch_modules
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.tokens import TokenBatch
 
 Hook = tuple[str, Callable[..., Tensor | None]]
+
+# What a model is made of: the hooks that these attach of themselves are part of it.
+LIBRARIES = {"accelerate", "transformer_lens", "transformers"}
 
 _points: WeakKeyDictionary[TransformerBridge, dict[str, Any]] = WeakKeyDictionary()
 
@@ -258,9 +263,36 @@ def has_hooks(component: Module) -> bool:
     return any(point.fwd_hooks or point.bwd_hooks for point in points)
 
 
-def is_hooked(model: TransformerBridge) -> bool:
-    """Whether any hook is attached, so that the model may not compute what its weights say."""
-    return any(point.fwd_hooks for point in model.hook_points())
+def foreign_hook(model: TransformerBridge) -> str | None:
+    """The first module with a forward hook or a forward method that is not its libraries' own, by name; None without.
+
+    Beside TransformerLens's hook points these are hooks of plain PyTorch, which may be global.
+    """
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        return "every module of PyTorch"
+    for module in dict.fromkeys([model, *model.original_model.modules(), *model.hook_points()]):
+        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in vars(module):
+            functions.append(vars(module)["forward"])
+        # At a hook point it is TransformerLens that hangs in what users attach.
+        if functions and (isinstance(module, HookPoint) or not all(_library(f) in LIBRARIES for f in functions)):
+            return module_name(model, module)
+    return None
+
+
+def _library(function: Callable[..., Any]) -> str:
+    """The package that a function was written in."""
+    while isinstance(function, partial):
+        function = function.func
+    return str(function.__module__).split(".")[0]
+
+
+def module_name(model: TransformerBridge, module: Module) -> str:
+    """What a module of the model is called: a hook point's own name, or the name in the Hugging Face model."""
+    if isinstance(module, HookPoint):
+        return str(module.name)
+    names = {part: name for name, part in model.original_model.named_modules()}
+    return names.get(module, "").replace("._original_component", "") or "the model"
 
 
 def read(

@@ -1,20 +1,22 @@
 """Loading models, and what every module asks of one: its layers, its down-projection, its identity."""
 
-import copy
 import hashlib
 import json
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from attn_drift.hooks import key_point, pattern_point, value_point
-from attn_drift.tokens import mark_as_published, own_tokenizer
+from attn_drift.bridges import boot, check_fast, check_weights_loaded, tokenizer_identity, wrap
+from attn_drift.hooks import LIBRARIES, components, foreign_hook, key_point, module_name, pattern_point, value_point
+from attn_drift.tokens import own_tokenizer
 
 DEMO = "demo"
 
@@ -31,6 +33,9 @@ INCIDENTAL = {
     "transformers_version",
     "use_cache",
 }
+
+# Whose classes a model without additions is built of.
+MODEL_LIBRARIES = LIBRARIES | {"torch", "transformers_modules"}
 
 
 def demo_folder() -> Path:
@@ -50,13 +55,14 @@ def load_model(
 
     Args:
         source: ``"demo"``; a folder in Hugging Face's layout; a name on the Hugging Face hub; a Hugging Face model
-            (wrapped in place, with ``tokenizer``); or a bridge, which is checked and returned as it is.
+            (wrapped in place, with ``tokenizer``; given again, its bridge is returned); or a bridge, which is checked
+            and returned as it is.
         tokenizer: of an in-memory Hugging Face model.
         device: where the model goes; TransformerLens chooses when None.
         dtype: of the weights; when None float32, and for an in-memory model what it has.
 
     Raises:
-        ValueError: a model that cannot be edited here; the message says what it lacks.
+        ValueError: a model that cannot be edited here, or arguments that do not go together; the message says why.
         OSError: no such folder, and no such name within reach; the message says what was tried.
     """
     if isinstance(source, TransformerBridge):
@@ -64,15 +70,19 @@ def load_model(
             raise ValueError("a bridge is taken as it is; set its tokenizer, device and dtype before, not here")
         model = source
     elif isinstance(source, PreTrainedModel):
-        if tokenizer is None:
-            raise ValueError("a Hugging Face model was given without its tokenizer; pass load_model(model, tokenizer)")
-        if any("_original_component" in name for name, _ in source.named_parameters()):
-            raise ValueError("the Hugging Face model is already wrapped in a bridge; pass that bridge")
-        name = source.config.name_or_path or type(source).__name__
-        dtype = source.dtype if dtype is None else dtype
-        model = _boot(name, tokenizer, device, dtype, hf_model=source.to(dtype))
-    else:
+        model = wrap(source, tokenizer, device, dtype)
+    elif tokenizer is not None:
+        raise ValueError(
+            f"a tokenizer was given with the model {source!r:.80}, which has its own; give one only with a model in "
+            "memory, of Hugging Face"
+        )
+    elif isinstance(source, str | Path):
         model = _load_by_name(source, device, torch.float32 if dtype is None else dtype)
+    else:
+        raise ValueError(
+            f"the model is of type {type(source).__name__}; expected {DEMO!r}, a folder, a name on the Hugging Face "
+            "hub, a Hugging Face model with its tokenizer, or a TransformerBridge"
+        )
     check_model(model)
     return model
 
@@ -83,53 +93,32 @@ def _load_by_name(source: str | Path, device: str | torch.device | None, dtype: 
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise OSError(f"the folder {folder} has no config.json; expected a model saved by save_pretrained")
-        model = _boot(str(folder), AutoTokenizer.from_pretrained(folder), device, dtype)
+        model = boot(str(folder), AutoTokenizer.from_pretrained(folder), device, dtype)
         model.cfg.model_name = DEMO if source == DEMO else str(folder.absolute())
         return model
     try:
-        return _boot(name, AutoTokenizer.from_pretrained(name), device, dtype)
+        return boot(name, AutoTokenizer.from_pretrained(name), device, dtype)
     except (OSError, ValueError) as error:
         raise OSError(
             f"cannot load the model {name!r}: it is not {DEMO!r}, there is no folder {folder.absolute()}, and the "
             f"Hugging Face hub and its local cache gave no such model ({type(error).__name__}: "
-            f"{str(error)[:200]}). Check the name, download the model where there is a network, or "
+            f"{' '.join(str(error).split())[:200]}). Check the name, download the model where there is a network, or "
             "give a folder."
         ) from error
 
 
-def _boot(
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    device: str | torch.device | None,
-    dtype: torch.dtype,
-    hf_model: PreTrainedModel | None = None,
-) -> TransformerBridge:
-    # TransformerLens would load the tokenizer anew so that it adds BOS; one that says it does already is left alone.
-    tokenizer = copy.deepcopy(tokenizer)
-    init_kwargs = tokenizer.init_kwargs
-    tokenizer.init_kwargs = {"name_or_path": name, **init_kwargs, "add_bos_token": True}
-    model = TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=tokenizer, device=None if device is None else str(device), dtype=dtype
-    )
-    model.tokenizer.init_kwargs = init_kwargs
-    mark_as_published(model.tokenizer)
-    return model.eval()
-
-
 def check_model(model: TransformerBridge) -> None:
     """Raises a ValueError when the model lacks something that editing or capturing needs, or is in training mode."""
-    if model.original_model.training:
-        raise ValueError("the model is in training mode, where dropout changes every run; call model.eval()")
+    check_bridge(model)
+    if (training := _in_training(model)) is not None:
+        raise ValueError(f"{training}, where dropout changes every run; call model.eval()")
     if getattr(model, "compatibility_mode", False):
         raise ValueError(
             "the model is in TransformerLens's compatibility mode, which folds and centres weights, so that an edit "
             "would not be one of the original model; load it again without enable_compatibility_mode()"
         )
-    if model.tokenizer is None or not getattr(model.tokenizer, "is_fast", False):
-        raise ValueError(
-            f"the model's tokenizer ({type(model.tokenizer).__name__}) gives no character offsets; load the model "
-            "with a fast tokenizer"
-        )
+    check_weights_loaded(model.original_model)
+    check_fast(model.tokenizer)
     points = model.hook_dict
     for layer in range(model.cfg.n_layers):
         for point in (key_point(layer), value_point(layer), pattern_point(layer)):
@@ -140,12 +129,53 @@ def check_model(model: TransformerBridge) -> None:
                 )
 
 
+def check_bridge(model: object) -> None:
+    """Raises a ValueError for what is given in the place of a bridge."""
+    if not isinstance(model, TransformerBridge):
+        given, load = f"a {type(model).__name__}", "load_model"
+        if isinstance(model, PreTrainedModel):
+            given, load = f"Hugging Face's {type(model).__name__}", "load_model(model, tokenizer)"
+        elif isinstance(model, str):
+            given, load = f"the name {model!r:.80}", f"load_model({model!r:.80})"
+        raise ValueError(f"the model is {given}; expected a TransformerBridge: make it with {load}")
+
+
+def _in_training(model: TransformerBridge) -> str | None:
+    """Which modules are in training mode, in words; None where none is."""
+    training = [module for module in [model, *components(model)] if module.training]
+    if not training:
+        return None
+    more = f" and {len(training) - 1} more modules are" if len(training) > 1 else " is"
+    return f"{module_name(model, training[0])}{more} in training mode"
+
+
+def disturbance(model: TransformerBridge) -> str | None:
+    """What makes the model compute something else than its weights say, and how to end it; None where nothing does.
+
+    These are hooks, forward methods that were put in the place of modules' own, training mode and autocast. Only
+    modules are looked at, no weight.
+    """
+    if (name := foreign_hook(model)) is not None:
+        return f"hooks are attached to the model at {name}, such as those of an edit in effect; take them off first"
+    if (training := _in_training(model)) is not None:
+        return f"{training}; call model.eval() first"
+    for device in {weight.device.type for weight in model.parameters()}:
+        if torch.is_autocast_enabled(device):
+            return f"autocast is on for {device}, which computes in another dtype; leave its block first"
+    return None
+
+
 def check_layer(model: TransformerBridge, layer: int) -> None:
-    """Raises a ValueError for a layer that the model does not have."""
+    """Raises a ValueError for what is no layer of the model, or one whose weights are not loaded."""
+    check_bridge(model)
+    layers = f"{model.cfg.model_name} has the layers 0 to {model.cfg.n_layers - 1}"
+    if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
+        raise ValueError(f"the layer is {layer!r:.80}; expected a whole number: {layers}")
     if not 0 <= layer < model.cfg.n_layers:
-        raise ValueError(
-            f"layer {layer} is out of range: {model.cfg.model_name} has the layers 0 to {model.cfg.n_layers - 1}"
-        )
+        raise ValueError(f"layer {layer} is out of range: {layers}")
+    block = model.blocks[layer]
+    if next(block.parameters()).is_meta:  # the first weight tells, and this is asked often
+        check_weights_loaded(block, f"blocks.{layer}")
 
 
 def check_finite(model: TransformerBridge) -> None:
@@ -178,8 +208,10 @@ def fingerprint(model: TransformerBridge) -> str:
     """A hash of the configuration and the weights: names, shapes, dtypes, and some 4,096 evenly spaced entries of each.
 
     Files that belong to a model (edits, second moments, sampled contexts) carry it. A dense change of any weight,
-    such as an edit, changes it.
+    such as an edit, changes it, and so does a setting of a module that was added, such as an adapter's scale.
     """
+    check_bridge(model)
+    check_weights_loaded(model.original_model)
     config = {k: v for k, v in model.original_model.config.to_dict().items() if k not in INCIDENTAL and v is not None}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.original_model.state_dict().items()):
@@ -189,20 +221,28 @@ def fingerprint(model: TransformerBridge) -> str:
         sample = flat[:: max(1, flat.numel() // 4096) | 1]
         digest.update(f"{clean}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    for settings in _added_settings(model):
+        digest.update(settings.encode())
     return digest.hexdigest()[:32]
+
+
+def _added_settings(model: TransformerBridge) -> list[str]:
+    """What modules that were added to a model hold beside weights: a scale, whether they are switched off."""
+    plain = vars(Module())
+    return [
+        f"{name} {key}: {json.dumps(value, skipkeys=True, default=lambda it: type(it).__name__)}"
+        for name, module in model.original_model.named_modules()
+        if type(module).__module__.split(".")[0] not in MODEL_LIBRARIES and not isinstance(module, PreTrainedModel)
+        for key, value in sorted(vars(module).items())
+        if key not in plain
+    ]
 
 
 def origin(model: TransformerBridge) -> dict[str, str]:
     """All of a model that text sampled from it depends on: weights, tokenizer, kind of device, and libraries."""
-    tokenizer = own_tokenizer(model)
-    # Padding and truncation are set by the last call, and are not used here.
-    rules = {
-        k: v for k, v in json.loads(tokenizer.backend_tokenizer.to_str()).items() if k not in ("padding", "truncation")
-    }
     return {
         "model": fingerprint(model),
-        "tokenizer": hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),
-        "ends": f"{tokenizer.bos_token_id} {tokenizer.eos_token_id}",
+        **tokenizer_identity(own_tokenizer(model)),
         "device": next(model.parameters()).device.type,
         "torch": torch.__version__,
         "transformer-lens": version("transformer-lens"),

@@ -3,9 +3,12 @@
 Accumulated and solved in float64 (method.md, section 4).
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf, sqrt
 from pathlib import Path
 
@@ -17,9 +20,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.accumulation import KeySums, batches
+from attn_drift.caches import fetch, is_usable
 from attn_drift.files import cache_path, keeping, replacing
-from attn_drift.hooks import is_hooked
-from attn_drift.models import down_projection, fingerprint, float64_device, mlp_width, origin
+from attn_drift.models import check_model, down_projection, fingerprint, float64_device, mlp_width, origin
 from attn_drift.rome_stats import read_rome_stats
 from attn_drift.sampling import sample_documents
 from attn_drift.tokens import Tokens, encode_windows
@@ -27,7 +30,8 @@ from attn_drift.weights import LowRankUpdate
 
 log = logging.getLogger(__name__)
 
-FORMAT = "attn_drift.moment.1"
+FORMAT = "attn_drift.moment.2"
+EARLIER_FORMAT = "attn_drift.moment.1"  # without a digest
 
 # What `sampled_moment` takes: at least this many tokens, and several for every dimension of a key.
 SAMPLED_TOKENS = 50_000
@@ -150,7 +154,8 @@ class SecondMoment:
             raise ValueError(f"the second moment of layer {layer} is not a finite symmetric matrix; take it again")
 
     def save(self, path: str | Path) -> None:
-        """Writes the moment as a safetensors file."""
+        """Writes the moment as a safetensors file, with a digest of all that is in it."""
+        matrix = self.matrix.cpu().contiguous()
         metadata = {
             **self.source,
             "format": FORMAT,
@@ -158,27 +163,32 @@ class SecondMoment:
             "n_tokens": str(self.n_tokens),
             "fingerprint": self.fingerprint,
         }
+        metadata["sha256"] = _digest(metadata, matrix)
         with replacing(Path(path)) as temporary:
-            save_file({"matrix": self.matrix.cpu().contiguous()}, temporary, metadata=metadata)
+            save_file({"matrix": matrix}, temporary, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "SecondMoment":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote. A file of an earlier version has no digest, which is logged.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or no second moment.
+            ValueError: the file is damaged, was changed, or is no second moment.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no second moment {Path(path).absolute()}")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.pop("format", None) != FORMAT:
-                    raise ValueError(f"it is not of the format {FORMAT!r}")
-                layer, n_tokens = int(metadata.pop("layer")), int(metadata.pop("n_tokens"))
-                mark = metadata.pop("fingerprint")
-                return cls(layer, file.get_tensor("matrix").double(), n_tokens, mark, metadata)
+                metadata, matrix = file.metadata() or {}, file.get_tensor("matrix")
+            if metadata.get("format") == EARLIER_FORMAT:
+                log.warning("%s has no digest, so that damage would not be seen; load and save it to add one", path)
+            elif metadata.get("format") != FORMAT:
+                raise ValueError(f"it is not of the format {FORMAT!r}")
+            elif metadata.pop("sha256") != _digest(metadata, matrix):
+                raise ValueError("its digest is not that of its content, so it is damaged or was changed")
+            del metadata["format"]
+            layer, n_tokens = int(metadata.pop("layer")), int(metadata.pop("n_tokens"))
+            return cls(layer, matrix.double(), n_tokens, metadata.pop("fingerprint"), metadata)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no second moment: {error}") from error
 
@@ -193,6 +203,7 @@ class SecondMoment:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged or no such file, or the layer has keys of another width.
         """
+        check_model(model)
         width = mlp_width(model, layer)
         matrix, count = read_rome_stats(path, width)
         log.warning(
@@ -240,27 +251,48 @@ def second_moment(model: TransformerBridge, layer: int, texts: str | Iterable[st
 def sampled_moments(model: TransformerBridge, layers: Sequence[int], seed: int = 0) -> dict[int, SecondMoment]:
     """Second moments over text sampled from the model itself: needs no data set, approximates its training text.
 
-    Cached by layer, keyed by all that each depends on, but not where hooks are attached (an edit in effect). The text
-    is sampled once for all layers that the cache lacks.
+    Cached by layer, and so is the text, which is the same for all layers of one width; keyed by all that they depend
+    on, but not while the model does not compute what its weights say (an edit in effect, another hook, autocast).
+
+    Raises:
+        ValueError: a model that cannot be edited, or a bad layer.
     """
-    length = min(SAMPLED_LENGTH, model.cfg.n_ctx)
+    check_model(model)
     sizes = {layer: max(SAMPLED_TOKENS, SAMPLED_TOKENS_PER_KEY * mlp_width(model, layer)) for layer in layers}
-    identity = {**origin(model), "seed": seed, "length": length}
-    paths = {
-        layer: cache_path("moments", ".safetensors", {**identity, "layer": layer, "n_tokens": n_tokens})
-        for layer, n_tokens in sizes.items()
-    }
-    found = {} if is_hooked(model) else {layer: held for layer, path in paths.items() if (held := _cached(path))}
+    found: dict[int, SecondMoment] = {}
     for n_tokens in set(sizes.values()):
-        missing = [layer for layer in layers if layer not in found and sizes[layer] == n_tokens]
-        if missing:
-            made = second_moments(model, missing, sample_documents(model, n_tokens, length, seed))
-            found |= made
-            if not is_hooked(model):
-                for layer, moment in made.items():
-                    with keeping():
-                        moment.save(paths[layer])
+        found |= _sampled(model, [layer for layer in sizes if sizes[layer] == n_tokens], n_tokens, seed)
     return {layer: found[layer] for layer in layers}
+
+
+def _sampled(model: TransformerBridge, layers: Sequence[int], n_tokens: int, seed: int) -> dict[int, SecondMoment]:
+    """`sampled_moments` of layers that take the same number of tokens."""
+    length, made_by = min(SAMPLED_LENGTH, model.cfg.n_ctx), origin(model)
+    key = {**made_by, "seed": seed, "length": length, "n_tokens": n_tokens}
+    paths = {layer: cache_path("moments", ".safetensors", {**key, "layer": int(layer)}) for layer in layers}
+    mark = made_by.pop("model")
+    source = {"text": f"the model's own, {n_tokens} tokens in sequences of {length}, seed {seed}", **made_by}
+    found: dict[int, SecondMoment] = {}
+    if is_usable(model):
+        cached = {layer: fetch(path, partial(_read, layer, mark, source)) for layer, path in paths.items()}
+        found = {layer: moment for layer, moment in cached.items() if moment is not None}
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        for layer, moment in second_moments(model, missing, sample_documents(model, n_tokens, length, seed)).items():
+            found[layer] = replace(moment, source=source)
+        if is_usable(model):
+            for layer in missing:
+                with keeping():
+                    found[layer].save(paths[layer])
+    return found
+
+
+def _read(layer: int, mark: str, source: Mapping[str, str], path: Path) -> SecondMoment:
+    """A second moment of the cache; raises a ValueError where it is not the one that was asked for."""
+    moment = SecondMoment.load(path)
+    if (moment.layer, moment.fingerprint, moment.source) != (layer, mark, source):
+        raise ValueError(f"{path} is of layer {moment.layer} of {moment.fingerprint[:8]}, {dict(moment.source)}")
+    return moment
 
 
 def sampled_moment(model: TransformerBridge, layer: int, seed: int = 0) -> SecondMoment:
@@ -268,11 +300,8 @@ def sampled_moment(model: TransformerBridge, layer: int, seed: int = 0) -> Secon
     return sampled_moments(model, [layer], seed)[layer]
 
 
-def _cached(path: Path) -> SecondMoment | None:
-    if not path.is_file():
-        return None
-    try:
-        return SecondMoment.load(path)
-    except ValueError as error:
-        log.warning("%s; it is made anew", error)
-        return None
+def _digest(metadata: Mapping[str, str], matrix: Tensor) -> str:
+    """A digest of a file's metadata, without the digest itself, and of its matrix."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    digest.update(matrix.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

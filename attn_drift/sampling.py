@@ -1,7 +1,5 @@
 """Texts sampled from the model itself: the contexts of an edit, and the text of a second moment."""
 
-import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,14 +9,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.caches import cached
 from attn_drift.checks import check_kind
-from attn_drift.files import cache_path, keeping, replacing
-from attn_drift.hooks import is_hooked
-from attn_drift.models import origin
+from attn_drift.models import check_model, origin
 from attn_drift.requests import SLOT
 from attn_drift.tokens import Tokens, encode, own_tokenizer
-
-log = logging.getLogger(__name__)
 
 # First words of ROME's context templates.
 STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -38,7 +33,7 @@ def sample_contexts(
     """Contexts for an edit: the empty one, and short texts of the model's own, each ended with ``". "``.
 
     Started from ``STARTS`` and sampled with top-k 5 (method.md, section 2); cached, keyed by all that they depend on,
-    but not where hooks are attached (an edit in effect).
+    but not while the model does not compute what its weights say (an edit in effect, another hook, autocast).
 
     Args:
         model: the model.
@@ -47,23 +42,14 @@ def sample_contexts(
             ROME's ten of 5 and ten of 10 tokens by default.
 
     Raises:
-        ValueError: the generator is none (a number, for instance).
+        ValueError: a model that cannot be edited, or no generator (a number, for instance).
     """
+    check_model(model)
     check_generator(generator)
     # Drawn whether or not the cache will be hit, so that a cache does not change the generator's state.
     seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    if is_hooked(model):
-        return _sample_contexts(model, seed, lengths)
     key = {**origin(model), "seed": seed, "starts": STARTS, "lengths": lengths, "top_k": TOP_K}
-    path = cache_path("contexts", ".json", key)
-    if path.is_file():
-        try:
-            return [str(context) for context in json.loads(path.read_text(encoding="utf-8"))]
-        except ValueError:
-            log.warning("the cached contexts %s are damaged; they are made anew", path)
-    contexts = _sample_contexts(model, seed, lengths)
-    with keeping(), replacing(path) as temporary:
-        temporary.write_text(json.dumps(contexts), encoding="utf-8")
+    contexts: list[str] = cached(model, "contexts", key, lambda: _sample_contexts(model, seed, lengths))
     return contexts
 
 
@@ -87,11 +73,13 @@ def _sample_contexts(model: TransformerBridge, seed: int, lengths: tuple[tuple[i
 def sample_documents(model: TransformerBridge, n_tokens: int, length: int, seed: int) -> list[Tokens]:
     """About ``n_tokens`` tokens of the model's own text, in sequences of ``length`` tokens started from its BOS or EOS.
 
-    The sequences are kept as they were sampled: tokenizing their text again could give other tokens.
+    The sequences are kept as they were sampled: tokenizing their text again could give other tokens. Cached as
+    `sample_contexts` are.
 
     Raises:
-        ValueError: the tokenizer has neither token to start from.
+        ValueError: a model that cannot be edited, or a tokenizer that has neither token to start from.
     """
+    check_model(model)
     tokenizer = own_tokenizer(model)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
@@ -100,15 +88,23 @@ def sample_documents(model: TransformerBridge, n_tokens: int, length: int, seed:
             "moment=second_moment(model, layer, texts)"
         )
     n_texts = -(-n_tokens // length)
-    documents: list[Tokens] = []
+    key = {**origin(model), "seed": seed, "n_texts": n_texts, "length": length, "at_once": SEQUENCES_AT_ONCE}
+    rows: list[list[int]] = cached(
+        model, "documents", key, lambda: _sample_documents(model, start, n_texts, length, seed)
+    )
+    return [
+        Tokens(text, tuple(ids), ((0, 0),) * len(ids)) for ids, text in zip(rows, _decode(model, rows), strict=True)
+    ]
+
+
+def _sample_documents(model: TransformerBridge, start: int, n_texts: int, length: int, seed: int) -> list[list[int]]:
+    rows: list[list[int]] = []
     with _seeded(seed), tqdm(total=n_texts, desc="sampling the model's own text", leave=False) as progress:
-        while len(documents) < n_texts:
-            prompt = torch.full((min(SEQUENCES_AT_ONCE, n_texts - len(documents)), 1), start)
-            sampled = _generate(model, prompt, length - 1)
-            for ids, text in zip(sampled.tolist(), _decode(model, sampled), strict=True):
-                documents.append(Tokens(text, tuple(ids), ((0, 0),) * len(ids)))
+        while len(rows) < n_texts:
+            prompt = torch.full((min(SEQUENCES_AT_ONCE, n_texts - len(rows)), 1), start)
+            rows += _generate(model, prompt, length - 1).tolist()
             progress.update(len(prompt))
-    return documents
+    return rows
 
 
 @contextmanager
@@ -137,7 +133,7 @@ def _generate(
     return generated
 
 
-def _decode(model: TransformerBridge, ids: Int[Tensor, "text pos"]) -> list[str]:
+def _decode(model: TransformerBridge, ids: Int[Tensor, "text pos"] | list[list[int]]) -> list[str]:
     texts: list[str] = own_tokenizer(model).batch_decode(ids, skip_special_tokens=True)
     return texts
 

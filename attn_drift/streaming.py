@@ -25,8 +25,7 @@ from attn_drift.accumulation import BLOCK, KeySums, batches
 from attn_drift.convergence import Convergence, doublings
 from attn_drift.corpora import Corpus, read_corpus
 from attn_drift.files import alone_in, replacing
-from attn_drift.hooks import is_hooked
-from attn_drift.models import origin
+from attn_drift.models import check_model, disturbance, origin
 from attn_drift.moments import SecondMoment, means_
 from attn_drift.tokens import Tokens, encode_windows
 
@@ -77,10 +76,11 @@ def stream_moments(
             when None.
 
     Raises:
-        ValueError: a model that cannot be edited or has an edit in effect, a bad layer, number or text, or a folder
-            with another run; before the model runs.
+        ValueError: a model that cannot be edited or does not compute what its weights say (an edit in effect, another
+            hook, autocast), a bad layer, number or text, or a folder with another run; before the model runs.
         RuntimeError: another process is running in the folder.
     """
+    check_model(model)
     out = Path(out)
     length = min(WINDOW, model.cfg.n_ctx) if length is None else length
     if n_tokens < 1 or not 1 <= length <= model.cfg.n_ctx:
@@ -88,8 +88,8 @@ def stream_moments(
             f"{n_tokens} tokens in windows of {length} were asked; expected at least 1, and windows of 1 to "
             f"{model.cfg.n_ctx} tokens, the model's context"
         )
-    if is_hooked(model):
-        raise ValueError("the model has hooks attached, such as those of an edit in effect; take them off first")
+    if (why := disturbance(model)) is not None:
+        raise ValueError(f"{model.cfg.model_name} does not compute what its weights say: {why}")
     sums = KeySums(model, layers)
     if not isinstance(corpus, Corpus):
         corpus = read_corpus(corpus)

@@ -99,8 +99,9 @@ def test_text_is_sampled_once_for_all_layers(make_model: Make, monkeypatch: pyte
     together = sampled_moments(model, [2, 0, 1])
     assert lengths == [50_000] * 5 and list(together) == [2, 0, 1]
     assert all(torch.equal(together[layer].matrix, alone[layer].matrix) for layer in alone)
-    one, other = ({p.name for p in tmp_path.glob(f"{folder}/*/*")} for folder in ("one by one", "together"))
+    one, other = ({p.name for p in tmp_path.glob(f"{folder}/moments/*")} for folder in ("one by one", "together"))
     assert one == other and len(one) == 3
+    assert all(len(list(tmp_path.glob(f"{folder}/documents/*"))) == 1 for folder in ("one by one", "together"))
     assert list(sampled_moments(model, [0])) == [0] and len(lengths) == 5
 
 

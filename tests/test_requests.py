@@ -289,8 +289,9 @@ def test_loading_says_what_it_ignores(make_model: Make) -> None:
     model = make_model("gpt2")
     with pytest.raises(ValueError, match="taken as it is"):
         ad.load_model(model, dtype=torch.float64)
+    assert ad.load_model(model.original_model, make_tokenizer()) is model
     with pytest.raises(ValueError, match="already wrapped"):
-        ad.load_model(model.original_model, make_tokenizer())
+        ad.load_model(model.original_model, make_tokenizer(), dtype=torch.float64)
     half = make_hf_model("gpt2", torch.bfloat16)
     assert next(ad.load_model(half, make_tokenizer(), device="cpu").parameters()).dtype == torch.bfloat16
 

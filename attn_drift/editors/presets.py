@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.models import DEMO
+from attn_drift.models import DEMO, check_bridge
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ def preset(editor: str, model: TransformerBridge) -> dict[str, Any] | None:
 
     Beside fields of the editor's settings they may have ``gamma``, SADR's weight.
     """
+    check_bridge(model)
     presets = json.loads((files("attn_drift") / "presets" / f"{editor}.json").read_text(encoding="utf-8"))
     name = str(model.cfg.model_name)
     key = name.rstrip("/").split("/")[-1].lower()
