@@ -6,7 +6,6 @@ from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from attn_drift.bridges import boot, check_fast, check_weights_loaded, tokenizer_identity, wrap
+from attn_drift.checks import describe, is_whole
 from attn_drift.hooks import LIBRARIES, components, foreign_hook, key_point, module_name, pattern_point, value_point
 from attn_drift.tokens import own_tokenizer
 
@@ -169,8 +169,8 @@ def check_layer(model: TransformerBridge, layer: int) -> None:
     """Raises a ValueError for what is no layer of the model, or one whose weights are not loaded."""
     check_bridge(model)
     layers = f"{model.cfg.model_name} has the layers 0 to {model.cfg.n_layers - 1}"
-    if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
-        raise ValueError(f"the layer is {layer!r:.80}; expected a whole number: {layers}")
+    if not is_whole(layer):
+        raise ValueError(f"layer is {describe(layer)}; expected a whole number: {layers}")
     if not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"layer {layer} is out of range: {layers}")
     block = model.blocks[layer]

@@ -194,10 +194,10 @@ MODEL_ERRORS = {
     "meta": "is on the device 'meta', which holds shapes without numbers; load the model with its weights",
 }
 LAYER_ERRORS = {
-    "str": "the layer is '1'; expected a whole number: GPT2LMHeadModel has the layers 0 to 2",
-    "float": "the layer is 1.0; expected a whole number",
-    "bool": "the layer is True; expected a whole number",
-    "none": "the layer is None; expected a whole number",
+    "str": "layer is the text '1'; expected a whole number",
+    "float": "layer is 1.0; expected a whole number",
+    "bool": "layer is True; expected a whole number",
+    "none": "layer is None; expected a whole number",
     "negative": "layer -1 is out of range: GPT2LMHeadModel has the layers 0 to 2",
     "beyond": "layer 3 is out of range: GPT2LMHeadModel has the layers 0 to 2",
 }
