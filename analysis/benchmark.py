@@ -89,7 +89,9 @@ def benchmark(
     # Before a model is loaded, which may take minutes.
     _check_same_run(out, {"identity": _identity(plan, cases, batch_cases), "cases": {"n": cases.n}})
     with alone_in(out):
-        done = _done(Manifest(out), plan, cases, batch_cases, retry_failed)
+        manifest = Manifest(out)
+        manifest.check()
+        done = _done(manifest, plan, cases, batch_cases, retry_failed)
         with _engine(engine, model, plan, options, workers, address) as running:
             return _run(running, plan, cases, out, batch_cases, done)
 
@@ -133,7 +135,7 @@ def _done(
     """The methods and chunks that need not be computed.
 
     Raises:
-        ValueError: a part is not as it was written, or has other cases.
+        ValueError: a part has other cases than its chunk.
     """
     done = set[tuple[str, int]]()
     if not any(manifest.parts(method.name) for method in plan.methods):
@@ -148,14 +150,17 @@ def _done(
 
 def _is_done(part: Part, case_ids: Sequence[str], retry_failed: bool) -> bool:
     """Whether a part has all cases of its chunk (the last chunk grows with a greater limit), none of them failed."""
-    errors = part.read(["task", "error"])
     if list(part.cases) != list(case_ids[: len(part.cases)]):
         raise ValueError(
             f"the part {part.path} has the cases {list(part.cases)[:3]} ..., but its chunk of the file has "
             f"{list(case_ids)[:3]} ...: the file is read in another way than when it was written; give another folder"
         )
-    failed = errors["error"].notna() & errors["task"].isna()
-    return len(part.cases) == len(case_ids) and not (retry_failed and failed.any())
+    return len(part.cases) == len(case_ids) and not (retry_failed and _has_failed(part))
+
+
+def _has_failed(part: Part) -> bool:
+    rows = part.read(["task", "error"])
+    return bool((rows["error"].notna() & rows["task"].isna()).any())
 
 
 def _run(

@@ -110,16 +110,24 @@ class Manifest:
 
     def part(self, method: str, chunk: int) -> Part | None:
         """The part of a chunk; None where it has not been written, or was deleted."""
-        path = part_path(self.folder, method, chunk)
-        line = self._lines.get(self._name(path))
-        if line is None or line.sha256 is None or not path.is_file():
-            return None
-        return Part(path, line.sha256, tuple(line.cases))
+        return self._part(self._name(part_path(self.folder, method, chunk)))
 
     def parts(self, method: str) -> list[Part]:
         """The parts of a method, in the order of the chunks."""
         chunks = (int(path.stem) for path in part_path(self.folder, method, 0).parent.glob("[0-9]*.parquet"))
         return [part for chunk in sorted(chunks) if (part := self.part(method, chunk)) is not None]
+
+    def check(self) -> None:
+        """Raises a ValueError for the first part, of any method, that is not as it was written."""
+        for name in self._lines:
+            if (part := self._part(name)) is not None:
+                part.content()
+
+    def _part(self, name: str) -> Part | None:
+        line, path = self._lines.get(name), self.folder / name
+        if line is None or line.sha256 is None or not path.is_file():
+            return None
+        return Part(path, line.sha256, tuple(line.cases))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()

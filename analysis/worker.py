@@ -105,9 +105,9 @@ class Worker:
     def run(self, job: Job) -> pd.DataFrame:
         """The part of a job, its rows in the order of the cases, then of the tasks.
 
-        A text that the model cannot take gives a row with its ``error`` and is left out, whatever the method. So does a
-        case that fails, as one whose edit prompt the model cannot take does before anything is edited. Where something
-        else fails, the cases of the chunk are run one at a time.
+        A text that the model cannot take is left out, whatever the method, and gives a row with an ``error``. A case
+        that fails gives one as well: that its edit prompt does not fit is found before anything is edited; where
+        something else fails, the cases of the chunk are run one at a time.
 
         Raises:
             OSError, torch.AcceleratorError: the disk or the device is at fault, not a case.

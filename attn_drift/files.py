@@ -62,7 +62,7 @@ def name_write_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
         reason = str(error) if number is None else os.strerror(number)
-        said = f"{reason}; make it writable, or write elsewhere"
+        said = f"{reason}; mend this or write elsewhere"
         raise OSError(number or errno.EIO, said, str(path)) from error
 
 
@@ -116,9 +116,12 @@ def _remove_stale(folder: Path, depth: int = 0) -> None:
     for level in range(depth + 1):
         for stale in folder.glob("*/" * level + f"{PREFIX}*{SUFFIX}"):
             # Errors: its process lives, another one removed it, or it is no work folder.
-            with suppress(OSError), (stale / LOCK).open("a") as lock:
-                _lock(lock, wait=False)
-                shutil.rmtree(stale)
+            with suppress(OSError):
+                with (stale / LOCK).open("a") as lock:
+                    _lock(lock, wait=False)
+                    shutil.rmtree(stale, ignore_errors=True)
+                # On a network, a folder is there for as long as a file in it is open.
+                stale.rmdir()
 
 
 # Once per process, since a folder with thousands of parts takes a while to look through.

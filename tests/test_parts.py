@@ -89,6 +89,9 @@ def test_a_part_that_was_changed_is_refused_by_name(tamper: Callable[[Path], Non
     ):
         with pytest.raises(ValueError, match=r"none/000001\.parquet is damaged or was changed .* delete it and run"):
             read()
+    with pytest.raises(ValueError, match=r"none/000001\.parquet is damaged"):
+        # Nor are other methods added to it.
+        Manifest(out).check()
     path.unlink()
     assert Results(out).incomplete == ["none"]
     assert go_on(cases, out) == [1] and not Results(out).incomplete
