@@ -22,6 +22,8 @@ ORDER = [
     "history",
     "tokens",
     "budget",
+    "changes",
+    "attachments",
     "hooks",
     "shortcuts",
     "prefixes",
