@@ -12,6 +12,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget
+from attn_drift.changes import exclusive
 from attn_drift.editors.presets import preset
 from attn_drift.editors.shared import Lengths, check_batches, finished, texts_of, warn_of_explosion, with_results
 from attn_drift.editors.spread import Directions, Site, Spread
@@ -110,6 +111,7 @@ class MultiLayerConfig(ValueConfig, ABC):
         """What the editor makes of keys; raises a ValueError for moments or an earlier edit that do not serve it."""
 
 
+@exclusive
 @torch.inference_mode(False)
 def edit_batches(
     model: TransformerBridge,
@@ -169,7 +171,7 @@ def _writing(spread: Spread, config: MultiLayerConfig) -> Writing | None:
 def _check_after(model: TransformerBridge, config: MultiLayerConfig, after: Edit) -> None:
     """Raises a ValueError for an earlier edit that cannot be in effect, or does not tell what the editor needs."""
     after.check_fits(model)
-    after.check_not_written(model)
+    after.check_not_in_effect(model)
     if after.fingerprint not in identities(model):
         raise ValueError(
             f"{after!r} was made for other weights ({after.fingerprint[:8]}) than those of {model.cfg.model_name} "
