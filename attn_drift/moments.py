@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.accumulation import KeySums, batches
+from attn_drift.changes import exclusive
 from attn_drift.files import cache_path, keeping, replacing
 from attn_drift.hooks import is_hooked
 from attn_drift.models import down_projection, fingerprint, float64_device, mlp_width, origin
@@ -206,6 +207,7 @@ class SecondMoment:
         return cls(layer, matrix.to(float64_device(model)), count, fingerprint(model), source)
 
 
+@exclusive
 def second_moments(
     model: TransformerBridge, layers: Sequence[int], texts: str | Iterable[str | Tokens]
 ) -> dict[int, SecondMoment]:
@@ -237,6 +239,7 @@ def second_moment(model: TransformerBridge, layer: int, texts: str | Iterable[st
     return second_moments(model, [layer], texts)[layer]
 
 
+@exclusive
 def sampled_moments(model: TransformerBridge, layers: Sequence[int], seed: int = 0) -> dict[int, SecondMoment]:
     """Second moments over text sampled from the model itself: needs no data set, approximates its training text.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.changes import exclusive
 from attn_drift.files import cache_path, keeping, replacing
 from attn_drift.hooks import is_hooked
 from attn_drift.models import origin
@@ -29,6 +30,7 @@ ROME_LENGTHS = ((5, 2), (10, 2))
 SEQUENCES_AT_ONCE = 256
 
 
+@exclusive
 def sample_contexts(
     model: TransformerBridge,
     generator: torch.Generator | None = None,
@@ -73,6 +75,7 @@ def _sample_contexts(model: TransformerBridge, seed: int, lengths: tuple[tuple[i
     return contexts
 
 
+@exclusive
 def sample_documents(model: TransformerBridge, n_tokens: int, length: int, seed: int) -> list[Tokens]:
     """About ``n_tokens`` tokens of the model's own text, in sequences of ``length`` tokens started from its BOS or EOS.
 

@@ -20,6 +20,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.changes import exclusive
 from attn_drift.editors.presets import preset
 from attn_drift.editors.shared import at_subjects, finished, listed, texts_of, warn_of_explosion, with_results
 from attn_drift.edits import Edit
@@ -125,6 +126,7 @@ def rome(
 ) -> list[Edit]: ...
 
 
+@exclusive
 @torch.inference_mode(False)
 def rome(
     model: TransformerBridge,
@@ -151,6 +153,7 @@ def rome(
     Raises:
         ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, or a
             weight that is not finite; before the model runs.
+        RuntimeError: another thread is using the model.
     """
     single = isinstance(requests, EditRequest)
     several = listed(requests)
