@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analysis.generation import Opening, check_room, continued, text_of
 from analysis.token_tree import Ids, TokenTree
 from attn_drift.budget import Budget, Size, parted
+from attn_drift.changes import exclusive
 from attn_drift.edits import Edit, attached_to_rows, check_rows
 from attn_drift.prefixes import Prefixes, Suffixes
 from attn_drift.shortcuts import fused, replaced
@@ -66,6 +67,7 @@ def continuations(model: TransformerBridge, openings: Sequence[Opening]) -> list
     return ask(model, [], openings)[1]
 
 
+@exclusive
 def ask(
     model: TransformerBridge, questions: Sequence[Question], openings: Sequence[Opening]
 ) -> tuple[list[Answer], list[str]]:
@@ -75,7 +77,11 @@ def ask(
     reading = _Reading(model, questions, openings)
     check_rows(model, [*(question.edit for question in questions), *(opening.edit for opening in openings)])
     total = len(questions) + len(openings)
-    with torch.no_grad(), replaced(fused(model)), tqdm(total=total, desc="asking the model", leave=False) as progress:
+    with (
+        torch.no_grad(),
+        replaced(model, fused(model)),
+        tqdm(total=total, desc="asking the model", leave=False) as progress,
+    ):
         for rows in reading.chunks():
             reading.read(rows)
             progress.update(sum(len(row.questions) + len(row.openings) for row in rows))

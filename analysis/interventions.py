@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.cases import Case, Task
+from attn_drift.changes import exclusive
 from attn_drift.edits import Edit, applied_to_rows
 from attn_drift.hooks import Hook, attached, read, run
 from attn_drift.models import check_model
@@ -132,6 +133,7 @@ class Batch:
 Intervention = Callable[[Batch, Batch], Sequence[Hook]]
 
 
+@exclusive
 def outcomes(
     model: TransformerBridge,
     recipients: Sequence[Text],

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.edits import Edit, applied_to_rows
+from attn_drift.changes import exclusive
+from attn_drift.edits import Edit, attached_to_rows, check_rows
 from attn_drift.hooks import pattern_point, read
 from attn_drift.models import check_layer, check_model
 from attn_drift.tokens import TokenBatch, Tokens, encode, pad
@@ -46,12 +47,13 @@ class AttentionCapture:
         return int(self.patterns[0].shape[1])
 
 
+@exclusive
 def capture_attention(
     model: TransformerBridge,
     texts: str | Sequence[str],
     *,
     layers: Sequence[int] | None = None,
-    edits: Sequence[Edit | None] | None = None,
+    edits: Edit | Sequence[Edit | None] | None = None,
 ) -> AttentionCapture:
     """Captures the attention patterns of every head on one or more texts.
 
@@ -61,28 +63,32 @@ def capture_attention(
         model: the model.
         texts: one text or several.
         layers: which layers; all when None.
-        edits: an edit per text (None: unedited), where texts shall see different edits.
+        edits: one edit for all texts, or, where texts shall see different edits, one for each (None: unedited).
 
     Raises:
         ValueError: a model that cannot be captured, no text, an empty text, a text longer than the context, a layer
-            out of range, or a number of edits other than that of texts.
+            out of range, a number of edits other than that of texts, or an edit that does not fit the model or is in
+            effect already.
+        RuntimeError: another thread is using the model.
     """
     check_model(model)
     texts = [texts] if isinstance(texts, str) else list(texts)
     chosen = tuple(range(model.cfg.n_layers)) if layers is None else tuple(layers)
     for layer in chosen:
         check_layer(model, layer)
-    if edits is not None and len(edits) != len(texts):
-        raise ValueError(f"{len(edits)} edits were given for {len(texts)} texts; expected one for each")
+    given = [edits] * len(texts) if edits is None or isinstance(edits, Edit) else list(edits)
+    if len(given) != len(texts):
+        raise ValueError(f"{len(given)} edits were given for {len(texts)} texts; expected one for each")
     rows = [encode(model, text) for text in texts]
     if not rows or not chosen:
         raise ValueError("no texts or no layers were given; expected at least one of each")
+    check_rows(model, given)
     patterns: list[Tensor] = []
     per_text = len(chosen) * model.cfg.n_heads * max(len(row) for row in rows) ** 2
     at_once = max(1, NUMBERS_AT_ONCE // per_text)
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
-        with applied_to_rows(model, [None] if edits is None else edits[part]):
+        with attached_to_rows(model, given[part]):
             patterns += _patterns(model, pad(model, rows[part]), chosen)
     return AttentionCapture(tuple(rows), chosen, tuple(patterns))
 

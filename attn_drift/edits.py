@@ -3,19 +3,20 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.changes import claimed
 from attn_drift.edit_files import EditFile, StoredEdit
 from attn_drift.history import EditHistory
-from attn_drift.hooks import Hook, attached, updating
+from attn_drift.hooks import Hook, attached, in_effect, updating
 from attn_drift.models import check_layer, down_projection, fingerprint
 from attn_drift.requests import EditRequest
-from attn_drift.weights import LowRankUpdate, WrittenLayer, WrittenModel, concatenated, identities, written
+from attn_drift.weights import LowRankUpdate, WrittenModel, concatenated, identities, rewrite
 
 log = logging.getLogger(__name__)
 
@@ -82,72 +83,78 @@ class Edit:
     def applied(self, model: TransformerBridge) -> Iterator[None]:
         """Applies the edit to everything that the model runs in the block, by hooks: no weight is touched.
 
+        No other thread may use the model through this package meanwhile.
+
         Raises:
-            ValueError: the edit does not fit the model, or is written in its weights, so that it would count twice.
+            ValueError: the edit does not fit the model, or is in effect already, so that it would count twice.
+            RuntimeError: another thread is using the model; or, on exit, something in the block, such as
+                ``model.reset_hooks()``, has taken the edit off.
         """
-        self.check_fits(model)
-        self.check_not_written(model)
-        self.warn_of_another_model(model, identities(model))
-        hooks: list[Hook] = []
-        for layer, update in self.updates.items():
-            here = update.to(down_projection(model, layer).device)
-            hooks += updating(layer, here.keys, here.values)
-        with attached(model, hooks):
-            yield
+        with claimed(model, "an edit in effect"):
+            self.check_fits(model)
+            self.check_not_in_effect(model)
+            self.warn_of_another_model(model, identities(model))
+            hooks: list[Hook] = []
+            for layer, update in self.updates.items():
+                here = update.to(down_projection(model, layer).device)
+                hooks += updating(layer, here.keys, here.values)
+            with attached(model, hooks, self.leaves()):
+                yield
 
     def write_to(self, model: TransformerBridge) -> None:
         """Adds the edit to the model's weights, in place; `remove_from` is the exact inverse.
 
+        All layers are written or, where that fails or is interrupted, none.
+
         Raises:
-            ValueError: the edit does not fit the model, or is already written in it.
-            RuntimeError: something else changed a weight since another edit was written into it.
+            ValueError: the edit does not fit the model, is in effect already, or would take a weight beyond its dtype.
+            RuntimeError: something else changed a weight since another edit was written into it, or another thread is
+                using the model.
         """
-        self.check_fits(model)
-        self.check_not_written(model)
-        self.warn_of_another_model(model, identities(model))
-        layers = written[model].layers if model in written else {}
-        for layer in self.updates.keys() & layers.keys():
-            layers[layer].check_untouched(model, layer)
-        record = written.setdefault(model, WrittenModel())
-        record.fingerprints.add(fingerprint(model))
-        for layer in self.updates:
-            if layer not in record.layers:
-                record.layers[layer] = WrittenLayer(down_projection(model, layer).detach().clone())
-            record.layers[layer].add(model, layer, self, self.updates[layer])
+        with claimed(model, "an edit being written"):
+            self.check_fits(model)
+            self.check_not_in_effect(model)
+            known, there = identities(model), WrittenModel.of(model)
+            self.warn_of_another_model(model, known)
+            there.check_untouched(model, self.updates)
+            rewrite(model, there.with_edit(model, known, self, self.updates), self.updates)
 
     def remove_from(self, model: TransformerBridge) -> None:
         """Takes a written edit out of the weights; others stay, in whatever order they were written.
 
-        The kept original weight is restored bit for bit, then the edits that remain are added to it.
+        The kept original weight is restored bit for bit, then the edits that remain are added to it: in all layers or,
+        where that fails or is interrupted, in none.
 
         Raises:
-            ValueError: the edit is not written in this model.
-            RuntimeError: something else changed the weight since, so that restoring would lose that change.
+            ValueError: the edit is not written in this model, or what remains would take a weight beyond its dtype.
+            RuntimeError: something else changed the weight since, so that restoring would lose that change, or another
+                thread is using the model.
         """
-        layers = written[model].layers if model in written else {}
-        if not all(layer in layers and self in layers[layer].updates for layer in self.updates):
-            raise ValueError(
-                "this edit is not written in this model: write_to was not called with it, it was removed before, the "
-                "model is a copy of the one it was written to, or a sum was written of which it is a part; then remove "
-                "the sum, and write sum.without(part)"
-            )
-        for layer in self.updates:
-            layers[layer].check_untouched(model, layer)
-        for layer in self.updates:
-            layers[layer].remove(model, layer, self)
-            if not layers[layer].updates:
-                del layers[layer]
-        if not layers:
-            del written[model]
+        with claimed(model, "an edit being removed"):
+            there = WrittenModel.of(model)
+            if not all(layer in there.layers and self in there.layers[layer].updates for layer in self.updates):
+                raise ValueError(
+                    "this edit is not written in this model: write_to was not called with it or was interrupted, it "
+                    "was removed before, the model is a copy of the one it was written to, or a sum was written of "
+                    "which it is a part; then remove the sum, and write sum.without(part)"
+                )
+            there.check_untouched(model, self.updates)
+            rewrite(model, there.without_edit(self), self.updates)
 
     def leaves(self) -> tuple["Edit", ...]:
         """The edits that this one is made of: its parts, or itself."""
         return self.parts or (self,)
 
-    def check_not_written(self, model: TransformerBridge) -> None:
-        """Raises a ValueError when the edit, or one that it shares a part with, is written in the model's weights."""
-        if not written_in(model).isdisjoint(self.leaves()):
+    def check_not_in_effect(self, model: TransformerBridge) -> None:
+        """Raises a ValueError when the edit, or one that it shares a part with, is written in the model or applied."""
+        leaves = set(self.leaves())
+        if leaves & written_in(model):
             raise ValueError("this edit is already written in the model; remove_from(model) takes it out")
+        if leaves & in_effect(model):
+            raise ValueError(
+                f"{self!r} is already applied, itself or a part of it, so that it would count twice; leave the block "
+                "that applies it first"
+            )
 
     def warn_of_another_model(self, model: TransformerBridge, known: Set[str]) -> None:
         """Logs a warning when the edit was made for other weights than the model's, whose `identities` are known."""
@@ -217,7 +224,7 @@ class Edit:
         return compose(edits)
 
 
-def compose(edits: Sequence[Edit]) -> Edit:
+def compose(edits: Edit | Sequence[Edit]) -> Edit:
     """All edits as one, from which `Edit.without` takes each out again.
 
     Args:
@@ -226,6 +233,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
     Raises:
         ValueError: there are none, two were made for different models, or one is there twice.
     """
+    edits = [edits] if isinstance(edits, Edit) else edits
     leaves = tuple(leaf for edit in edits for leaf in edit.leaves())
     _check_composable(leaves)
     if len(edits) == 1:
@@ -262,35 +270,40 @@ def _check_composable(leaves: Sequence[Edit]) -> None:
 
 def written_in(model: TransformerBridge) -> set[Edit]:
     """The edits that are written in the model's weights, of sums their parts."""
-    layers = written[model].layers.values() if model in written else ()
+    layers = WrittenModel.of(model).layers.values()
     return {leaf for layer in layers for edit in layer.updates for leaf in edit.leaves()}
 
 
 @contextmanager
-def applied_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> Iterator[None]:
-    """Applies to each text of a batch an edit of its own (None: unedited), by hooks.
+def applied_to_rows(model: TransformerBridge, edits: Edit | Sequence[Edit | None]) -> Iterator[None]:
+    """Applies to each text of a batch an edit of its own (None: unedited), by hooks; one edit is for every text.
 
     Every batch run in the block must have as many texts as there are edits.
 
     Raises:
         ValueError: as of `check_rows`.
+        RuntimeError: as of `Edit.applied`.
     """
-    check_rows(model, edits)
-    with attached_to_rows(model, edits):
-        yield
+    with claimed(model, "edits in effect"):
+        if isinstance(edits, Edit):
+            with edits.applied(model):
+                yield
+        else:
+            check_rows(model, edits)
+            with attached_to_rows(model, edits):
+                yield
 
 
 def check_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> None:
-    """Raises a ValueError if an edit does not fit the model, or is written in its weights and would count twice."""
+    """Raises a ValueError if an edit does not fit the model, or is in effect already and would count twice."""
     known = identities(model)
     for edit in {edit for edit in edits if edit is not None}:
         edit.check_fits(model)
-        edit.check_not_written(model)
+        edit.check_not_in_effect(model)
         edit.warn_of_another_model(model, known)
 
 
-@contextmanager
-def attached_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> Iterator[None]:
+def attached_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> AbstractContextManager[None]:
     """`applied_to_rows` for edits that were checked, so that many runs need not check them again."""
     given = list(dict.fromkeys(edit for edit in edits if edit is not None))
     hooks: list[Hook] = []
@@ -304,5 +317,4 @@ def attached_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> 
         of_rank = torch.arange(len(present)).repeat_interleave(ranks)
         of_text = torch.tensor([-1 if edit is None else place.get(edit, -1) for edit in edits])
         hooks += updating(layer, update.keys, update.values, (of_text[:, None] == of_rank).to(device))
-    with attached(model, hooks):
-        yield
+    return attached(model, hooks, [leaf for edit in given for leaf in edit.leaves()])

@@ -1,6 +1,7 @@
 """An edited model as a plain Hugging Face folder, which loads without this project."""
 
 import copy
+import os
 from pathlib import Path
 
 import torch
@@ -8,13 +9,15 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from attn_drift.changes import exclusive
 from attn_drift.edits import Edit, compose, written_in
 from attn_drift.files import replacing
 from attn_drift.models import check_model, down_projection
 from attn_drift.tokens import own_tokenizer
-from attn_drift.weights import identities
+from attn_drift.weights import check_finite_sum, identities
 
 
+@exclusive
 def export(model: TransformerBridge, edit: Edit | None, folder: str | Path) -> None:
     """Writes the model with an edit in its weights: configuration, weights (safetensors) and tokenizer.
 
@@ -28,8 +31,11 @@ def export(model: TransformerBridge, edit: Edit | None, folder: str | Path) -> N
 
     Raises:
         FileExistsError: there is a file, or a folder with something in it.
-        ValueError: the edit does not fit the model, or the model cannot be edited here.
+        ValueError: an argument of another kind, an edit that does not fit the model or would take a weight beyond its
+            dtype, or a model that cannot be edited here.
+        RuntimeError: another thread is using the model.
     """
+    _check_kinds(model, edit, folder)
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(
@@ -47,6 +53,18 @@ def export(model: TransformerBridge, edit: Edit | None, folder: str | Path) -> N
     with replacing(folder) as temporary:
         skeleton.save_pretrained(temporary, state_dict=weights)
         own_tokenizer(model).save_pretrained(temporary)
+
+
+def _check_kinds(model: object, edit: object, folder: object) -> None:
+    """Raises a ValueError for arguments in another order, or of another kind."""
+    if not (
+        isinstance(model, TransformerBridge) and isinstance(edit, Edit | None) and isinstance(folder, str | os.PathLike)
+    ):
+        given = ", ".join(type(argument).__name__ for argument in (model, edit, folder))
+        raise ValueError(
+            f"export was given ({given}); expected a model from load_model, an Edit or None, and a folder's path, in "
+            "this order: export(model, edit, 'folder')"
+        )
 
 
 def _skeleton(model: TransformerBridge) -> PreTrainedModel:
@@ -86,5 +104,6 @@ def _edited(model: TransformerBridge, edit: Edit, weights: dict[str, Tensor]) ->
         # By strides, since shapes do not tell [d_mlp d_model] from its transpose where the two widths are equal.
         transposed = weights[names[0]].stride() != projection.stride()
         weight = update.added_to(projection)
+        check_finite_sum(weight, projection, [update], layer)
         edited[names[0]] = weight.T.contiguous() if transposed else weight
     return edited

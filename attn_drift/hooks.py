@@ -1,10 +1,10 @@
 """Every hook point in one place: reading activations, adding to values, applying low-rank updates.
 
-Nothing else in the project names a hook point or attaches a hook.
+Nothing else in the project names a hook point or attaches a hook; how hooks come off again is in `attachments`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +18,8 @@ from torch.nn.modules import module as torch_modules
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.attachments import Attachment, Observation
+from attn_drift.changes import block, claimed, open_claims, undo_leftovers
 from attn_drift.tokens import TokenBatch
 
 Hook = tuple[str, Callable[..., Tensor | None]]
@@ -79,22 +81,43 @@ def embedding_point() -> str:
     return "embed.hook_out"
 
 
-@contextmanager
-def attached(model: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
-    """Attaches hooks, and on exit, exceptions included, removes them and no others."""
+def attached(
+    model: TransformerBridge, hooks: Sequence[Hook], sources: Sequence[object] = ()
+) -> AbstractContextManager[None]:
+    """A block with hooks attached; on exit, exceptions and interrupts included, these and no others are removed.
+
+    Args:
+        model: the model.
+        hooks: are attached in their order.
+        sources: what the hooks put into effect, such as edits: see `in_effect`.
+
+    Raises:
+        RuntimeError: another thread is using the model; or, on exit, something else has removed a hook meanwhile.
+    """
     if model not in _points:
         # Finding the points takes longer than a small layer.
         _points[model] = dict(model.hook_dict)
-    added = []
-    try:
-        for name, hook in hooks:
-            point = _points[model][name]
-            added.append((point, point.add_hook(hook)))
-        yield
-    finally:
-        for point, handle in added:
-            handle.hook.remove()
-            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+    points = _points[model]
+    return block(Attachment(model, [(points[name], hook) for name, hook in hooks], sources))
+
+
+def in_effect(model: TransformerBridge) -> set[Any]:
+    """What hooks put into effect: the sources of all that `attached` has attached now."""
+    attachments = [claim for claim in open_claims(model) if isinstance(claim, Attachment)]
+    return {source for attachment in attachments for source in attachment.sources}
+
+
+def outputs_observed(
+    model: TransformerBridge, observe: Callable[[Module, Any, Any], None]
+) -> AbstractContextManager[None]:
+    """A block in which a function is called with every module that ran, its inputs and its output.
+
+    It comes before hooks of others, which act on the output afterwards.
+
+    Raises:
+        RuntimeError: another thread is using the model.
+    """
+    return block(Observation(model, components(model), observe))
 
 
 def reading(points: Sequence[str], store: dict[str, Tensor]) -> list[Hook]:
@@ -214,8 +237,10 @@ def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Te
 
     Raises:
         FloatingPointError: the logits at a real token are NaN or infinite.
+        RuntimeError: another thread is using the model.
     """
-    logits: Tensor = model(batch.ids, attention_mask=_visible(model, batch), return_type="logits", **options)
+    with claimed(model, "a run"):
+        logits: Tensor = model(batch.ids, attention_mask=_visible(model, batch), return_type="logits", **options)
     check_logits(model, logits, batch.mask, [row.text for row in batch.rows])
     return logits
 
@@ -268,6 +293,7 @@ def foreign_hook(model: TransformerBridge) -> str | None:
 
     Beside TransformerLens's hook points these are hooks of plain PyTorch, which may be global.
     """
+    undo_leftovers(model)
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         return "every module of PyTorch"
     for module in dict.fromkeys([model, *model.original_model.modules(), *model.hook_points()]):
@@ -301,7 +327,7 @@ def read(
     """Runs the model without gradients and returns the activations at ``points``.
 
     Raises:
-        RuntimeError: a hook point that the model has did not fire.
+        RuntimeError: a hook point that the model has did not fire, or another thread is using the model.
         FloatingPointError: an activation is NaN or infinite.
     """
     store: dict[str, Tensor] = {}

@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.accumulation import KeySums, batches
 from attn_drift.caches import fetch, is_usable
+from attn_drift.changes import exclusive
 from attn_drift.files import cache_path, keeping, replacing
 from attn_drift.models import check_model, down_projection, fingerprint, float64_device, mlp_width, origin
 from attn_drift.rome_stats import read_rome_stats
@@ -217,6 +218,7 @@ class SecondMoment:
         return cls(layer, matrix.to(float64_device(model)), count, fingerprint(model), source)
 
 
+@exclusive
 def second_moments(
     model: TransformerBridge, layers: Sequence[int], texts: str | Iterable[str | Tokens]
 ) -> dict[int, SecondMoment]:
@@ -248,6 +250,7 @@ def second_moment(model: TransformerBridge, layer: int, texts: str | Iterable[st
     return second_moments(model, [layer], texts)[layer]
 
 
+@exclusive
 def sampled_moments(model: TransformerBridge, layers: Sequence[int], seed: int = 0) -> dict[int, SecondMoment]:
     """Second moments over text sampled from the model itself: needs no data set, approximates its training text.
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget
+from attn_drift.changes import on_behalf
 from attn_drift.hooks import adding, attached, reading, run, updating
 from attn_drift.prefixes import Prefixes, Suffixes
 from attn_drift.restriction import LossTerm, Penalty
@@ -146,7 +147,7 @@ class SuffixPass(Pass):
         if self.fused is None:
             # Hooks decide what can be fused: those of the pass are attached now.
             self.fused = fused(self.model)
-        with replaced(self.fused), self._constant() if edited else nullcontext():
+        with replaced(self.model, self.fused), self._constant() if edited else nullcontext():
             return self.prefixes.run_on(self.model, self.suffixes, self.columns)[0]
 
     def _constant(self) -> AbstractContextManager[None]:
@@ -160,7 +161,8 @@ class RecomputedPass(SuffixPass):
     """The same for one of several that do not fit into memory together: what it held is computed again where needed."""
 
     def run(self, edited: bool = True) -> tuple[Float[Tensor, "row target vocab"], Any]:
-        ran: tuple[Tensor, Any] = checkpoint(super().run, edited, use_reentrant=False, preserve_rng_state=False)
+        run_again = on_behalf(super().run)
+        ran: tuple[Tensor, Any] = checkpoint(run_again, edited, use_reentrant=False, preserve_rng_state=False)
         return ran
 
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.caches import cached
+from attn_drift.changes import exclusive
 from attn_drift.checks import check_kind
 from attn_drift.models import check_model, origin
 from attn_drift.requests import SLOT
@@ -25,6 +26,7 @@ ROME_LENGTHS = ((5, 2), (10, 2))
 SEQUENCES_AT_ONCE = 256
 
 
+@exclusive
 def sample_contexts(
     model: TransformerBridge,
     generator: torch.Generator | None = None,
@@ -70,6 +72,7 @@ def _sample_contexts(model: TransformerBridge, seed: int, lengths: tuple[tuple[i
     return contexts
 
 
+@exclusive
 def sample_documents(model: TransformerBridge, n_tokens: int, length: int, seed: int) -> list[Tokens]:
     """About ``n_tokens`` tokens of the model's own text, in sequences of ``length`` tokens started from its BOS or EOS.
 

@@ -16,7 +16,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformers.activations import NewGELUActivation
 
-from attn_drift.hooks import components, has_hooks
+from attn_drift.changes import Change, block
+from attn_drift.hooks import components, has_hooks, outputs_observed
 
 Forward = Callable[..., Any]
 
@@ -66,12 +67,8 @@ class Constants:
                 outputs[module] = (output, [part._version for part in _tensors(output)])
 
         # Before other hooks, which act again on what is put in place.
-        handles = [module.register_forward_hook(keep, prepend=True) for module in components(self.model)]
-        try:
+        with outputs_observed(self.model, keep):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         constant = {
             module: output
             for module, (output, versions) in outputs.items()
@@ -93,7 +90,7 @@ class Constants:
 
     def put(self) -> AbstractContextManager[None]:
         """A block in which constant modules put out what they did."""
-        return replaced(self.forwards)
+        return replaced(self.model, self.forwards)
 
 
 def _wrapped(module: Module) -> Any:
@@ -123,17 +120,31 @@ def _is_constant(output: Any) -> bool:
     return bool(tensors) and known and not any(part.requires_grad for part in tensors)
 
 
-@contextmanager
-def replaced(forwards: Mapping[Module, Forward]) -> Iterator[None]:
-    """A block in which modules have other forward methods."""
-    # Set past __setattr__: a bridge hands plain assignments on to what it wraps.
-    before: dict[Module, Forward | None] = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
+def replaced(model: TransformerBridge, forwards: Mapping[Module, Forward]) -> AbstractContextManager[None]:
+    """A block in which modules of a model have other forward methods.
+
+    Raises:
+        RuntimeError: another thread is using the model.
+    """
+    return block(_Replacement(model, forwards))
+
+
+class _Replacement(Change):
+    """Other forward methods in place of modules' own."""
+
+    def __init__(self, model: TransformerBridge, forwards: Mapping[Module, Forward]) -> None:
+        super().__init__(model, f"other forward methods of {len(forwards)} modules")
+        self.forwards = forwards
+        self.before: dict[Module, Forward | None] = {}
+
+    def make(self) -> None:
+        # Set past __setattr__: a bridge hands plain assignments on to what it wraps.
+        self.before = {module: vars(module).get("forward") for module in self.forwards}
+        for module, forward in self.forwards.items():
             vars(module)["forward"] = forward
-        yield
-    finally:
-        for module, own in before.items():
+
+    def undo(self) -> None:
+        for module, own in self.before.items():
             if own is None:
                 vars(module).pop("forward", None)
             else:

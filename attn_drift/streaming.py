@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.accumulation import BLOCK, KeySums, batches
+from attn_drift.changes import exclusive
 from attn_drift.convergence import Convergence, doublings
 from attn_drift.corpora import Corpus, read_corpus
 from attn_drift.files import alone_in, replacing
@@ -52,6 +53,7 @@ class StreamedMoments:
     convergence: pd.DataFrame
 
 
+@exclusive
 def stream_moments(
     model: TransformerBridge,
     layers: Sequence[int],

@@ -1,13 +1,14 @@
 """Values for many requests at once, in groups that fit into memory: what all locate-then-edit editors share."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget, Size
+from attn_drift.changes import Change, block
 from attn_drift.optimiser import Optimisation, OptimisedValue, ValueConfig, WitnessedOptimisation, Writing
 from attn_drift.passes import Witness
 from attn_drift.restriction import LossTerm
@@ -45,9 +46,15 @@ def optimise_values(
 
     Raises:
         FloatingPointError: the model gives logits that are not finite; names the text.
+        RuntimeError: another thread is using the model.
     """
     results: list[OptimisedValue] = []
-    with _frozen(model), tqdm(total=len(texts), desc="optimising values", leave=False) as progress:
+    with (
+        block(_Freezing(model)),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        tqdm(total=len(texts), desc="optimising values", leave=False) as progress,
+    ):
         budget = Budget.of(model, restriction is not None)
         if writing is not None and restriction is not None:
             return WitnessedOptimisation(model, points, texts, config, restriction, writing, whole, budget).run()
@@ -96,15 +103,18 @@ def _alone(budget: Budget, texts: Sequence[RequestTexts], whole: bool) -> Iterat
         yield [request for unit in group for request in unit]
 
 
-@contextmanager
-def _frozen(model: TransformerBridge) -> Iterator[None]:
-    """A block in which no weight takes gradients: only delta is optimised."""
-    thawed = [weight for weight in model.original_model.parameters() if weight.requires_grad]
-    for weight in thawed:
-        weight.requires_grad_(False)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for weight in thawed:
+class _Freezing(Change):
+    """No weight takes gradients: only delta is optimised."""
+
+    def __init__(self, model: TransformerBridge) -> None:
+        super().__init__(model, "weights that take no gradients")
+        self.thawed: list[Tensor] = []
+
+    def make(self) -> None:
+        self.thawed = [weight for weight in self.model.original_model.parameters() if weight.requires_grad]
+        for weight in self.thawed:
+            weight.requires_grad_(False)
+
+    def undo(self) -> None:
+        for weight in self.thawed:
             weight.requires_grad_(True)

@@ -1,6 +1,6 @@
 """Low-rank updates of down-projections, written into weights and taken out again, bit for bit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,7 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.changes import Change, block
 from attn_drift.models import down_projection, fingerprint
+
+Weights = Mapping[int, Float[Tensor, "d_mlp d_model"]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,57 +82,142 @@ class SeenUpdate:
         return SeenUpdate(self.keys[ranks], self.values[ranks], seen[:, ranks])
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class WrittenLayer:
     """The weight of one layer as it was, and the updates written into it since, in order and safe from changes."""
 
     original: Float[Tensor, "d_mlp d_model"]
-    updates: dict[Any, LowRankUpdate] = field(default_factory=dict)
+    updates: Mapping[Any, LowRankUpdate]
 
-    def add(self, model: TransformerBridge, layer: int, edit: object, update: LowRankUpdate) -> None:
-        self.updates[edit] = LowRankUpdate(update.keys.clone(), update.values.clone())
-        self._write(model, layer)
-
-    def remove(self, model: TransformerBridge, layer: int, edit: object) -> None:
-        del self.updates[edit]
-        self._write(model, layer)
+    def weight(self, device: torch.device) -> Float[Tensor, "d_mlp d_model"]:
+        """The weight with the updates."""
+        weight = self.original.to(device)
+        for update in self.updates.values():
+            weight = update.added_to(weight)
+        return weight
 
     def check_untouched(self, model: TransformerBridge, layer: int) -> None:
+        """Raises a RuntimeError when something else changed the weight."""
         weight = down_projection(model, layer)
         if weight.dtype != self.original.dtype:
             raise RuntimeError(
                 f"the model was cast from {self.original.dtype} to {weight.dtype} since the edit was written; cast it "
                 "back before removing the edit"
             )
-        if not torch.equal(weight, self._expected(weight.device)):
+        if not torch.equal(weight, self.weight(weight.device)):
             raise RuntimeError(
                 f"the down-projection of layer {layer} was changed by something else since the edit was written; "
                 "to go on would lose that change, so nothing was done"
             )
 
-    def _expected(self, device: torch.device) -> Float[Tensor, "d_mlp d_model"]:
-        weight = self.original.to(device)
-        for update in self.updates.values():
-            weight = update.added_to(weight)
-        return weight
 
-    def _write(self, model: TransformerBridge, layer: int) -> None:
-        weight = down_projection(model, layer)
-        with torch.no_grad():
-            weight.copy_(self._expected(weight.device))
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class WrittenModel:
-    """What was written into a model: its fingerprints before each writing, and per layer the updates."""
+    """What is written in a model.
 
-    fingerprints: set[str] = field(default_factory=set)
-    layers: dict[int, WrittenLayer] = field(default_factory=dict)
+    Attributes:
+        fingerprints: of the model before each writing.
+        layers: per layer the updates; only layers that have some.
+    """
+
+    fingerprints: frozenset[str] = frozenset()
+    layers: Mapping[int, WrittenLayer] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: TransformerBridge) -> "WrittenModel":
+        """What is written in a model now."""
+        return _written.get(model, NOTHING_WRITTEN)
+
+    def check_untouched(self, model: TransformerBridge, layers: Iterable[int]) -> None:
+        """Raises a RuntimeError when something else changed the weight of one of some layers."""
+        for layer in layers:
+            if layer in self.layers:
+                self.layers[layer].check_untouched(model, layer)
+
+    def with_edit(
+        self, model: TransformerBridge, known: Set[str], edit: object, updates: Mapping[int, LowRankUpdate]
+    ) -> "WrittenModel":
+        """With one edit more, which is about to be written; ``known`` are the model's `identities`."""
+        layers = dict(self.layers)
+        for layer, update in updates.items():
+            before = layers.get(layer) or WrittenLayer(down_projection(model, layer).detach().clone(), {})
+            own = LowRankUpdate(update.keys.clone(), update.values.clone())
+            layers[layer] = WrittenLayer(before.original, {**before.updates, edit: own})
+        return WrittenModel(frozenset(known), layers)
+
+    def without_edit(self, edit: object) -> "WrittenModel":
+        """With one edit less."""
+        layers = {}
+        for layer, there in self.layers.items():
+            remaining = {other: update for other, update in there.updates.items() if other is not edit}
+            if remaining:
+                layers[layer] = WrittenLayer(there.original, remaining)
+        return WrittenModel(self.fingerprints, layers) if layers else NOTHING_WRITTEN
 
 
-written: WeakKeyDictionary[TransformerBridge, WrittenModel] = WeakKeyDictionary()
+NOTHING_WRITTEN = WrittenModel()
+_written: WeakKeyDictionary[TransformerBridge, WrittenModel] = WeakKeyDictionary()
+
+
+def rewrite(model: TransformerBridge, after: WrittenModel, layers: Iterable[int]) -> None:
+    """Writes the weights of some layers as a record has them, all or none, and keeps the record.
+
+    Raises:
+        ValueError: a weight would not be finite; nothing is written then.
+        RuntimeError: another thread is using the model.
+    """
+    before, weights, kept = WrittenModel.of(model), {}, {}
+    for layer in layers:
+        weight = down_projection(model, layer).detach()
+        # A layer that nothing is written in any more has its original weight again.
+        there = after.layers.get(layer) or WrittenLayer(before.layers[layer].original, {})
+        weights[layer] = there.weight(weight.device)
+        check_finite_sum(weights[layer], there.original, there.updates.values(), layer)
+        # Kept, since the memory to compute it may be what is lacking when it is needed.
+        kept[layer] = weight.clone() if layer in before.layers else there.original
+    with block(_Rewriting(model, after, weights, kept)):
+        pass
+
+
+class _Rewriting(Change):
+    """The writing of weights; undone unless it is complete."""
+
+    def __init__(self, model: TransformerBridge, after: WrittenModel, weights: Weights, before: Weights) -> None:
+        super().__init__(model, f"weights of the layers {sorted(weights)}, written in part")
+        self.after, self.weights, self.before = after, weights, before
+
+    def make(self) -> None:
+        self._copy(self.weights)
+        _written[self.model] = self.after
+
+    def undo(self) -> None:
+        if WrittenModel.of(self.model) is not self.after:
+            self._copy(self.before)
+
+    def _copy(self, weights: Weights) -> None:
+        with torch.no_grad():
+            for layer, weight in weights.items():
+                down_projection(self.model, layer).copy_(weight)
+
+
+def check_finite_sum(
+    total: Float[Tensor, "d_mlp d_model"],
+    weight: Float[Tensor, "d_mlp d_model"],
+    updates: Iterable[LowRankUpdate],
+    layer: int,
+) -> None:
+    """Raises a ValueError when the sum of a weight and updates is beyond its dtype, with what it would be."""
+    if torch.isfinite(total).all():
+        return
+    exact = weight.detach().cpu().double()
+    for update in updates:
+        exact += update.keys.cpu().double().T @ update.values.cpu().double()
+    raise ValueError(
+        f"the weight of layer {layer} with the edit would reach {exact.abs().max():.3g}, but {total.dtype} holds at "
+        f"most {torch.finfo(total.dtype).max:.3g}; load the model in a wider dtype, or apply the edit by hooks"
+    )
 
 
 def identities(model: TransformerBridge) -> set[str]:
     """Fingerprints of the model: as it is, and as it was before each edit that was written into it."""
-    return {fingerprint(model)} | (written[model].fingerprints if model in written else set())
+    return {fingerprint(model), *WrittenModel.of(model).fingerprints}

@@ -100,7 +100,7 @@ def saved(model: TransformerBridge, size: Size, restricted: bool) -> int:
     store: dict[str, Tensor] = {}
     points = [pattern_point(layer) for layer in range(1, model.cfg.n_layers)] if restricted else []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with attached(model, [add, *reading(points, store)]), replaced(fused(model)):
+        with attached(model, [add, *reading(points, store)]), replaced(model, fused(model)):
             logits, _ = prefixes.run_on(model, suffixes, read)
         logits.log_softmax(-1).sum()
         if restricted:

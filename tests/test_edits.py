@@ -3,6 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -328,6 +329,87 @@ def test_an_edit_does_not_count_twice(make_model: Make) -> None:
     edit.remove_from(model)
     with both.applied(model):
         pass
+
+
+@pytest.mark.parametrize("outer", ["edit", "sum", "rows"])
+@pytest.mark.parametrize("inner", ["edit", "sum", "rows", "one for all rows", "written", "captured"])
+def test_an_edit_in_effect_does_not_count_twice(make_model: Make, outer: str, inner: str) -> None:
+    """Itself, in a sum, or as a part of one; another edit may be in effect beside it."""
+    model = _shared(make_model)
+    part, other, third = (random_edit(model, seed) for seed in range(3))
+    both, before = part + other, state(model)
+
+    def apply(way: str) -> AbstractContextManager[None]:
+        if way == "rows":
+            return ad.applied_to_rows(model, [None, part])
+        if way == "one for all rows":
+            return ad.applied_to_rows(model, part)
+        return (both if way == "sum" else part).applied(model)
+
+    with apply(outer):
+        with pytest.raises(ValueError, match=r"is already applied, .* would count twice; leave the block"):
+            if inner == "written":
+                part.write_to(model)
+            elif inner == "captured":
+                ad.capture_attention(model, "Ada", edits=[part])
+            else:
+                with apply(inner):
+                    pass
+        with third.applied(model):
+            pass
+        third.write_to(model)
+        third.remove_from(model)
+    with apply("one for all rows" if inner in ("written", "captured") else inner):
+        pass
+    assert n_hooks(model) == 0 and same_state(model, before)
+
+
+def test_an_edit_that_is_taken_off_inside_its_block_is_noticed(small: TransformerBridge) -> None:
+    edit = random_edit(small, 0)
+    with pytest.raises(RuntimeError, match=r"such as model\.reset_hooks\(\), has removed hooks of Edit\(random"):  # noqa: SIM117
+        with edit.applied(small):
+            logits(small)
+            small.reset_hooks()
+    with pytest.raises(KeyError, match="not masked"), edit.applied(small):
+        small.reset_hooks()
+        raise KeyError("not masked")
+    with edit.applied(small):
+        small.run_with_hooks(torch.tensor([encode(small, "Ada").ids]), fwd_hooks=[])
+    assert n_hooks(small) == 0
+
+
+def test_a_single_edit_is_taken_where_several_may_be_given(small: TransformerBridge) -> None:
+    edit, batch = random_edit(small, 0), pad(small, [encode(small, text) for text in TEXTS])
+    assert compose(edit) is edit
+    with edit.applied(small):
+        expected, captured = logits(small), ad.capture_attention(small, TEXTS)
+    with torch.no_grad(), ad.applied_to_rows(small, edit):
+        assert torch.equal(run(small, batch)[batch.mask], expected)
+    for one, other in zip(ad.capture_attention(small, TEXTS, edits=edit).patterns, captured.patterns, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_weight_beyond_its_dtype_is_not_written(make_model: Make, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Nor exported; the other layers, which would hold, are not written either."""
+    model = make_model("gpt2", dtype)
+    before, edit = state(model), random_edit(model, 0, (0, 2))
+    size = torch.finfo(dtype).max ** 0.5
+    huge = ad.LowRankUpdate(torch.full((1, 128), 2 * size), torch.full((1, 32), size))
+    broken = replace(edit, updates={**edit.updates, 2: huge})
+    message = (
+        rf"layer 2 with the edit would reach .*e\+\d+, but {dtype} holds at most .*; load the model in a wider dtype"
+    )
+    with pytest.raises(ValueError, match=message):
+        broken.write_to(model)
+    with pytest.raises(ValueError, match=message):
+        ad.export(model, broken, tmp_path / "edited")
+    assert same_state(model, before) and not list(tmp_path.iterdir())
+    edit.write_to(model)
+    with pytest.raises(ValueError, match=message):
+        replace(broken, updates={2: huge}).write_to(model)
+    edit.remove_from(model)
+    assert same_state(model, before)
 
 
 def test_written_edits_survive_changes_of_the_value_and_casts_are_named(make_model: Make) -> None:

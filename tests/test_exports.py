@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from inspect import unwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,3 +132,21 @@ def test_edits_of_other_weights_are_said(make_model: Make, tmp_path: Path, caplo
         down_projection(changed, 0).mul_(1.01)
     export(changed, random_edit(model, 0), tmp_path / "edited")
     assert "was made for other weights" in caplog.text
+
+
+def test_arguments_in_another_order_are_named(make_model: Make, tmp_path: Path) -> None:
+    model, plain_export = make_model("gpt2"), unwrap(export)  # without the type checker of the tests
+    edit, folder = random_edit(model, 0), str(tmp_path / "edited")
+    orders: list[tuple[Any, ...]] = [
+        (model, folder, edit),
+        (edit, model, folder),
+        (model, edit, None),
+        (model, [edit], folder),
+    ]
+    for given in orders:
+        kinds = ", ".join(type(argument).__name__ for argument in given)
+        with pytest.raises(
+            ValueError, match=rf"given \({kinds}\); expected a model .*: export\(model, edit, 'folder'\)"
+        ):
+            plain_export(*given)
+    assert not list(tmp_path.iterdir())

@@ -60,7 +60,7 @@ def test_fused_kernels_give_the_same(make_model: Make, kind: str) -> None:
     plain = run(model)
     kernels = fused(model)
     assert sum(isinstance(module, NormalizationBridge) for module in kernels) >= 4
-    with replaced(kernels):
+    with replaced(model, kernels):
         logits = run(model)
     tolerance = 1e-10 if kind in ("gpt2", "gptj", "neox") else 1e-5
     assert (logits - plain).norm() <= tolerance * plain.norm()
@@ -75,7 +75,7 @@ def test_norms_with_hooks_are_not_fused(make_model: Make, kind: str, point: str)
     getattr(norm, point).add_hook(lambda activation, hook: fired.append(activation))
     kernels = fused(model)
     assert norm not in kernels and kernels
-    with replaced(kernels):
+    with replaced(model, kernels):
         run(model)
     assert len(fired) == 1
     getattr(norm, point).remove_hooks()
@@ -89,9 +89,9 @@ def test_everything_is_put_back(make_model: Make, architecture: str) -> None:
     vars(own)["forward"] = kept = own.forward
     before, kernels = forwards(model), fused(model)
     for inner in ({own: lambda *_, **__: 1}, {module: module.forward for module in kernels}):
-        with replaced(kernels):
+        with replaced(model, kernels):
             outside = forwards(model)
-            with pytest.raises(KeyError), replaced(inner):
+            with pytest.raises(KeyError), replaced(model, inner):
                 assert all(vars(module)["forward"] == forward for module, forward in inner.items())
                 raise KeyError
             assert forwards(model) == outside == {**before, **kernels}

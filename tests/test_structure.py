@@ -24,6 +24,8 @@ ORDER = [
     "history",
     "tokens",
     "budget",
+    "changes",
+    "attachments",
     "hooks",
     "shortcuts",
     "prefixes",

@@ -11,6 +11,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.budget import Budget
+from attn_drift.changes import exclusive
 from attn_drift.checks import check_choice, check_fields, check_kind, check_wholes, describe
 from attn_drift.editors.presets import settings_for, warn_once
 from attn_drift.editors.shared import (
@@ -118,6 +119,7 @@ class MultiLayerConfig(ValueConfig, ABC):
         """What the editor makes of keys; raises a ValueError for moments or an earlier edit that do not serve it."""
 
 
+@exclusive
 @torch.inference_mode(False)
 def edit_batches(
     model: TransformerBridge,
@@ -179,7 +181,7 @@ def _check_after(model: TransformerBridge, config: MultiLayerConfig, after: Edit
     """Raises a ValueError for an earlier edit that cannot be in effect, or does not tell what the editor needs."""
     check_kind(after, Edit, "after", "an Edit")
     after.check_fits(model)
-    after.check_not_written(model)
+    after.check_not_in_effect(model)
     if after.fingerprint not in identities(model):
         raise ValueError(
             f"{after!r} was made for other weights ({after.fingerprint[:8]}) than those of {model.cfg.model_name} "

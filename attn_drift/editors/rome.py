@@ -19,6 +19,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.changes import exclusive
 from attn_drift.checks import check_choice, check_fields, check_kind, check_number, check_whole
 from attn_drift.editors.presets import settings_for, warn_once
 from attn_drift.editors.shared import (
@@ -137,6 +138,7 @@ def rome(
 ) -> list[Edit]: ...
 
 
+@exclusive
 @torch.inference_mode(False)
 def rome(
     model: TransformerBridge,
@@ -163,6 +165,7 @@ def rome(
     Raises:
         ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, or a
             weight that is not finite; before the model runs.
+        RuntimeError: another thread is using the model.
     """
     single = isinstance(requests, EditRequest)
     several = listed(requests)
