@@ -29,19 +29,17 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.answers import Question, answer
-from analysis.evidence import LEAST_CASES
-from analysis.evidence.studies import ROMES_WINDOW
-from analysis.interventions import Text
-from analysis.specificity import check_input, check_texts, score
-from analysis.statistics import grouped_intervals, percentiles, resampled_means
-from analysis.substitution import causal_trace
-from analysis.supplies import Supplies
-from attn_drift.cases import Case, Task
-from attn_drift.editors.presets import preset
+from analysis.causal.interventions import Text
+from analysis.causal.tracing import ROMES_WINDOW, causal_trace
+from analysis.edit_inputs import Supplies
+from analysis.scoring.score import check_input, check_texts, score
+from analysis.scoring.score_and_generate import Question, answer
+from analysis.statistics import LEAST_CASES, grouped_intervals, percentiles, resampled_means
+from attn_drift.data.cases import Case, Task
 from attn_drift.editors.rome import ROMEConfig, rome
-from attn_drift.models import check_layer
-from attn_drift.tokens import encode_completion
+from attn_drift.model.loading import check_layer
+from attn_drift.model.tokens import encode_completion
+from attn_drift.presets import load_preset
 
 TASKS: tuple[Task, ...] = ("ES", "PS", "NS", "DNS")
 # Of which tasks' p_right the two probabilities are means.
@@ -214,7 +212,7 @@ def suggest_layers(
         traced=traced,
         n_unknown=n_unknown,
         usual=config.layer,
-        is_preset=preset("rome", model) is not None,
+        is_preset=load_preset("rome", model) is not None,
         seed=seed,
     )
 

@@ -8,18 +8,19 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.supplies import Supplies
+from analysis.edit_inputs import Supplies
 from attn_drift.editors.alphaedit import AlphaEditConfig
+from attn_drift.editors.base import check_batches, listed
 from attn_drift.editors.memit import MEMITConfig
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
 from attn_drift.editors.pmet import PMETConfig
-from attn_drift.editors.presets import preset_gamma
 from attn_drift.editors.rome import ROMEConfig, rome
-from attn_drift.editors.shared import check_batches, listed
-from attn_drift.edits import Edit, compose
-from attn_drift.models import check_layer
+from attn_drift.edits.edit import Edit, compose
+from attn_drift.model.loading import check_layer
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import SADR, Restriction
+from attn_drift.restrictions.base import Restriction
+from attn_drift.restrictions.presets import preset_gamma
+from attn_drift.restrictions.sadr import SADR
 
 NONE = "none"
 RESTRICTED = "sadr"

@@ -19,20 +19,20 @@ import torch
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.answers import Question, answer
-from analysis.fitting import LeftOut, drop_unfit_texts
+from analysis.edit_inputs import Supplies
 from analysis.methods import Config, Method, one_edit
-from analysis.scores import DTYPES, SUMMARISED, Scores, results_row
-from analysis.specificity import check_input
-from analysis.supplies import Supplies
-from attn_drift.cases import Case, Probe, Task
-from attn_drift.editors.shared import EXPLODED, texts_of
-from attn_drift.edits import Edit, compose
+from analysis.scoring.fitting import LeftOut, drop_unfit_texts
+from analysis.scoring.score import check_input
+from analysis.scoring.score_and_generate import Question, answer
+from analysis.scoring.scores import DTYPES, SUMMARISED, Scores, results_row
+from attn_drift.data.cases import Case, Probe, Task
+from attn_drift.editors.base import EXPLODED, texts_of
+from attn_drift.edits.edit import Edit, compose
 from attn_drift.files import replacing
-from attn_drift.models import disturbance, down_projection
+from attn_drift.model.loading import disturbance, down_projection
+from attn_drift.model.tokens import Completion, encode_completion
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import SADR
-from attn_drift.tokens import Completion, encode_completion
+from attn_drift.restrictions.sadr import SADR
 
 log = logging.getLogger(__name__)
 

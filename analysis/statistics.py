@@ -12,6 +12,9 @@ import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+# The number of cases below which an interval says nothing.
+LEAST_CASES = 3
+
 RESAMPLES = 2000
 RESAMPLES_AT_ONCE = 100
 PERMUTATIONS = 9999

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.changes import exclusive
-from attn_drift.edits import Edit, attached_to_rows, check_rows
-from attn_drift.hooks import pattern_point, read
-from attn_drift.models import check_layer, check_model
-from attn_drift.tokens import TokenBatch, Tokens, encode, pad
+from attn_drift.edits.edit import Edit, attached_to_rows, check_rows
+from attn_drift.model.changes import exclusive
+from attn_drift.model.hooks import pattern_point, read
+from attn_drift.model.loading import check_layer, check_model
+from attn_drift.model.tokens import TokenBatch, Tokens, encode, pad
 
 # Numbers in the patterns of the texts that are run at once.
 NUMBERS_AT_ONCE = 2**26

@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens.model_bridge import TransformerBridge
 from workloads import seconds
 
-from analysis.fluency import LENGTH
-from analysis.specificity import SPARE_TOKENS
-from attn_drift.cases import TASKS, Case
+from analysis.scoring.fluency import LENGTH
+from analysis.scoring.score import SPARE_TOKENS
+from attn_drift.data.cases import TASKS, Case
 from attn_drift.editors.rome import ROMEConfig
-from attn_drift.rewriting import RequestTexts
-from attn_drift.tokens import encode, encode_completion
+from attn_drift.model.tokens import encode, encode_completion
+from attn_drift.prompts import RequestTexts
 
 NUMBER = 4  # bytes of a float32
 

@@ -12,8 +12,8 @@ from workloads import SADR, Lab
 
 import attn_drift as ad
 from analysis.plots.style import COLOURS, TEMPLATE
-from attn_drift.rewriting import RequestTexts, request_texts
-from attn_drift.tokens import encode
+from attn_drift.model.tokens import encode
+from attn_drift.prompts import RequestTexts, request_texts
 
 STEPS = 6
 ROUNDS = 5

@@ -16,8 +16,8 @@ from memory import peak
 from workloads import CLOCK, SADR, STEPS, Lab, part, seconds
 
 from attn_drift.files import replacing
-from attn_drift.restriction import Restriction
-from attn_drift.rewriting import request_texts
+from attn_drift.prompts import request_texts
+from attn_drift.restrictions.base import Restriction
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 

@@ -16,22 +16,22 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.answers import _Reading, _Row
+from analysis.benchmark.case_runner import Job, Plan, Worker
 from analysis.methods import Supplies, parse_methods
-from analysis.scores import Scores
-from analysis.specificity import score
-from analysis.worker import Job, Plan, Worker
-from attn_drift.cases import Case
+from analysis.scoring.score import score
+from analysis.scoring.score_and_generate import _Reading, _Row
+from analysis.scoring.scores import Scores
+from attn_drift.data.cases import Case
 from attn_drift.demo.cases import demo_cases
 from attn_drift.demo.world import World
-from attn_drift.edits import Edit
-from attn_drift.hooks import value_point
-from attn_drift.models import demo_folder
-from attn_drift.optimiser import OptimisedValue, ValueConfig
-from attn_drift.restriction import Restriction
-from attn_drift.rewriting import RequestTexts, request_texts
-from attn_drift.sampling import ROME_LENGTHS
-from attn_drift.values import optimise_values
+from attn_drift.edits.edit import Edit
+from attn_drift.model.hooks import value_point
+from attn_drift.model.loading import demo_folder
+from attn_drift.model.sampling import ROME_LENGTHS
+from attn_drift.prompts import RequestTexts, request_texts
+from attn_drift.restrictions.base import Restriction
+from attn_drift.values.optimize import optimise_values
+from attn_drift.values.optimizer import OptimisedValue, ValueConfig
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 CLOCK = time.process_time if THREADS == 1 else time.perf_counter
@@ -111,7 +111,7 @@ def one_text_at_a_time() -> Iterator[None]:
 
     What is asked is checked and prepared as ever, once; one-token objects after one text share a run in any version.
     """
-    with patch("analysis.answers._Reading.chunks", _one_by_one):
+    with patch("analysis.scoring.score_and_generate._Reading.chunks", _one_by_one):
         yield
 
 

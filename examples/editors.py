@@ -16,16 +16,18 @@ import torch
 from tqdm.auto import tqdm
 
 import attn_drift as ad
-from analysis import drift, plots, specificity
+from analysis import plots
+from analysis.drift import measures as drift
+from analysis.edit_inputs import Supplies
 from analysis.methods import NONE, Method
-from analysis.scores import Scores
+from analysis.scoring import score as specificity
+from analysis.scoring.scores import Scores
 from analysis.statistics import bootstrap
-from analysis.supplies import Supplies
-from attn_drift.cases import Case
+from attn_drift.data.cases import Case
 from attn_drift.demo.cases import demo_cases
 from attn_drift.demo.world import World
 from attn_drift.files import replacing
-from attn_drift.models import demo_folder
+from attn_drift.model.loading import demo_folder
 
 SEEDS, N = (0, 1, 2), 24
 EDITORS = ("rome", "r-rome", "memit", "pmet", "alphaedit")

@@ -14,12 +14,14 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis import drift, plots, specificity
-from analysis.scores import Scores
-from attn_drift.cases import Case
+from analysis import plots
+from analysis.drift import measures as drift
+from analysis.scoring import score as specificity
+from analysis.scoring.scores import Scores
+from attn_drift.data.cases import Case
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World
-from attn_drift.models import demo_folder
+from attn_drift.model.loading import demo_folder
 
 SEEDS = (0, 1, 2)
 GAMMAS = (0.0, 0.01, 0.03, 0.1, 0.3)

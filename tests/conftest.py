@@ -21,7 +21,7 @@ from small_models import ARCHITECTURES, make_hf_model, make_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.demo import Demonstration, demonstrate
+from analysis.demo.run import Demonstration, demonstrate
 
 torch.set_num_threads(1)
 

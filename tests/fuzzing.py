@@ -159,8 +159,8 @@ def fuzzed(seed: int, index: int) -> bytes:
 
 def read(path: Path) -> dict[str, str]:
     """What each reader says of a file: "" where it is valid; anything but one line of a user's error is raised."""
-    from attn_drift.corpora import TextFile
-    from attn_drift.datasets import read_cases, read_snippets
+    from attn_drift.data.case_files import read_cases, read_snippets
+    from attn_drift.moments.corpora import TextFile
 
     lines = path.with_suffix(".jsonl")
     readers: dict[str, Callable[[], object]] = {

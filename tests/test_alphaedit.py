@@ -12,10 +12,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from attn_drift.editors.alphaedit import AlphaEditConfig, alphaedit, nullspace_direction
-from attn_drift.hooks import stream_point
-from attn_drift.models import fingerprint, mlp_width
-from attn_drift.rewriting import request_texts
-from attn_drift.values import optimise_values
+from attn_drift.model.hooks import stream_point
+from attn_drift.model.loading import fingerprint, mlp_width
+from attn_drift.prompts import request_texts
+from attn_drift.values.optimize import optimise_values
 
 Make = Callable[..., TransformerBridge]
 

@@ -15,11 +15,11 @@ from test_generation import Plain, bridge
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis import answers
-from analysis.answers import Question, ask
-from analysis.generation import Opening, text_of
-from attn_drift import budget
-from attn_drift.tokens import Completion, Tokens
+from analysis.scoring import score_and_generate as answers
+from analysis.scoring.generation import Opening, text_of
+from analysis.scoring.score_and_generate import Question, ask
+from attn_drift.inference import memory as budget
+from attn_drift.model.tokens import Completion, Tokens
 
 Make = Callable[..., TransformerBridge]
 

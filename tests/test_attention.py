@@ -12,10 +12,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 import attn_drift as ad
-from analysis.drift import attention_drift, subject_attention
-from attn_drift.hooks import read
-from attn_drift.models import fingerprint
-from attn_drift.tokens import encode, pad
+from analysis.drift.measures import attention_drift, subject_attention
+from attn_drift.model.hooks import read
+from attn_drift.model.loading import fingerprint
+from attn_drift.model.tokens import encode, pad
 
 Make = Callable[..., TransformerBridge]
 TEXTS = ["Ada Bellini plays the cello. Carla Moreau plays the", "The man who met Ada Bellini is of", "Ada Bellini"]

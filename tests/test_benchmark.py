@@ -29,19 +29,21 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from typer.testing import CliRunner
 
 import attn_drift as ad
-from analysis import cli, engines, worker
-from analysis.benchmark import _run, benchmark
-from analysis.demo import demonstrate
-from analysis.engines import RayEngine
+from analysis import cli
+from analysis.benchmark import case_runner as worker
+from analysis.benchmark import engines
+from analysis.benchmark.case_runner import PART_DTYPES, Job, Plan
+from analysis.benchmark.engines import RayEngine
+from analysis.benchmark.parts import part_path
+from analysis.benchmark.results import Results
+from analysis.benchmark.run import _run, benchmark
+from analysis.benchmark.sweep import Sweep, write_tradeoff
+from analysis.demo.run import demonstrate
 from analysis.methods import BoundMethod, Method, parse_methods
-from analysis.parts import part_path
-from analysis.results import Results
-from analysis.scores import Scores
-from analysis.specificity import score
-from analysis.sweep import Sweep, write_tradeoff
-from analysis.worker import PART_DTYPES, Job, Plan
-from attn_drift import moments
-from attn_drift.datasets import CaseFile, read_cases, read_snippets
+from analysis.scoring.score import score
+from analysis.scoring.scores import Scores
+from attn_drift.data.case_files import CaseFile, read_cases, read_snippets
+from attn_drift.moments import second_moment as moments
 
 METHODS = ["rome:layer=0:steps=2", "rome+sadr:layer=0:steps=2:gamma=0.5"]
 NAMES = ["none", *METHODS]

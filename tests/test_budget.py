@@ -14,12 +14,12 @@ from test_generation import bridge
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift import budget
-from attn_drift.budget import Budget, Size, estimate, free_memory, parted
-from attn_drift.hooks import adding, attached, pattern_point, reading, value_point
-from attn_drift.prefixes import Prefixes, Suffixes
-from attn_drift.restriction import DIVERGENCES
-from attn_drift.shortcuts import fused, replaced
+from attn_drift.inference import memory as budget
+from attn_drift.inference.frozen_forward import fused, replaced
+from attn_drift.inference.kv_cache import Prefixes, Suffixes
+from attn_drift.inference.memory import Budget, Size, estimate, free_memory, parted
+from attn_drift.model.hooks import adding, attached, pattern_point, reading, value_point
+from attn_drift.restrictions.divergences import DIVERGENCES
 
 Make = Callable[..., TransformerBridge]
 # Of texts: tokens before, tokens that are run.

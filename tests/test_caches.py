@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
+from analysis.benchmark.case_runner import Job, Plan, Worker
 from analysis.methods import Method
-from analysis.worker import Job, Plan, Worker
-from attn_drift.cases import Case, Probe
+from attn_drift.data.cases import Case, Probe
 from attn_drift.files import cache_path
-from attn_drift.moments import EARLIER_FORMAT, sampled_moments
-from attn_drift.sampling import _sample_documents, sample_documents
+from attn_drift.model.sampling import _sample_documents, sample_documents
+from attn_drift.moments.second_moment import EARLIER_FORMAT, sampled_moments
 
 Make = Callable[..., TransformerBridge]
 
@@ -39,7 +39,7 @@ def unedited(model: TransformerBridge, *texts: str) -> pd.DataFrame:
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, and moments of few tokens."""
     for name, value in {"TOKENS": 100, "TOKENS_PER_KEY": 1, "LENGTH": 5}.items():
-        monkeypatch.setattr(f"attn_drift.moments.SAMPLED_{name}", value)
+        monkeypatch.setattr(f"attn_drift.moments.second_moment.SAMPLED_{name}", value)
     monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -168,7 +168,7 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         made.append(arguments[1:])
         return _sample_documents(*arguments)
 
-    monkeypatch.setattr("attn_drift.sampling._sample_documents", counted)
+    monkeypatch.setattr("attn_drift.model.sampling._sample_documents", counted)
     return made
 
 

@@ -14,14 +14,14 @@ from test_edits import logits, random_edit, same_state, state
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.answers import Question, answer
-from attn_drift import budget
-from attn_drift.changes import Claim, claimed, exclusive, on_behalf
-from attn_drift.hooks import attached, read
-from attn_drift.models import fingerprint
-from attn_drift.sampling import sample_documents
-from attn_drift.shortcuts import replaced
-from attn_drift.tokens import encode, encode_completion, pad
+from analysis.scoring.score_and_generate import Question, answer
+from attn_drift.inference import memory as budget
+from attn_drift.inference.frozen_forward import replaced
+from attn_drift.model.changes import Claim, claimed, exclusive, on_behalf
+from attn_drift.model.hooks import attached, read
+from attn_drift.model.loading import fingerprint
+from attn_drift.model.sampling import sample_documents
+from attn_drift.model.tokens import encode, encode_completion, pad
 
 TEXT = "Ada Bellini plays the cello in town"
 REQUEST = ad.EditRequest("{} plays the", "Ada Bellini", "cello")

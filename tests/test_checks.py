@@ -14,15 +14,15 @@ from test_rome import moment_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.drift import subject_attention
+from analysis.drift.measures import subject_attention
+from analysis.edit_inputs import Supplies
 from analysis.methods import Method, one_edit, single_edits
-from analysis.supplies import Supplies
-from attn_drift import moments
 from attn_drift.checks import describe
 from attn_drift.editors.multilayer import edit_batches
-from attn_drift.optimiser import Settled
-from attn_drift.rewriting import request_texts
-from attn_drift.tokens import encode, encode_windows
+from attn_drift.model.tokens import encode, encode_windows
+from attn_drift.moments import second_moment as moments
+from attn_drift.prompts import request_texts
+from attn_drift.values.optimizer import Settled
 
 Make = Callable[..., TransformerBridge]
 GOOD = {"prompt": "{} plays the", "subject": "Ada", "target_new": "cello"}

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis import correlation, plots
-from analysis.correlation import MEASURES, correlate, measure
-from analysis.interventions import Text
-from attn_drift.hooks import read, run, stream_point
-from attn_drift.models import fingerprint
-from attn_drift.restriction import FLOOR
-from attn_drift.tokens import encode, encode_completion, pad
+from analysis import plots
+from analysis.causal.interventions import Text
+from analysis.drift import correlation
+from analysis.drift.correlation import MEASURES, correlate, measure
+from attn_drift.model.hooks import read, run, stream_point
+from attn_drift.model.loading import fingerprint
+from attn_drift.model.tokens import encode, encode_completion, pad
+from attn_drift.restrictions.divergences import FLOOR
 
 Make = Callable[..., TransformerBridge]
 SUBJECT = "Ada Bellini"

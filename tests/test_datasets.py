@@ -14,8 +14,8 @@ from case_records import COUNTERFACT, MERGED, RECORDS, SNIPPETS, WIKIDATA, ZSRE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_drift.cases import TASKS, Case, Probe, distracting
-from attn_drift.datasets import CaseFile, Snippets, read_cases, read_snippets
+from attn_drift.data.case_files import CaseFile, Snippets, read_cases, read_snippets
+from attn_drift.data.cases import TASKS, Case, Probe, distracting
 from attn_drift.demo.cases import demo_cases, merged_record
 from attn_drift.demo.world import make_world
 from attn_drift.requests import EditRequest

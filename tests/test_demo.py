@@ -13,15 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from analysis import cli
-from analysis.demo import REPHRASED, RESTRICTED, ROME, Demonstration
+from analysis.demo.page import demo_sections
+from analysis.demo.run import REPHRASED, RESTRICTED, ROME, Demonstration
 from analysis.methods import NONE
-from analysis.report import Section, demo_sections, write_report
+from analysis.report import Section, write_report
 from attn_drift.demo.train import TrainConfig, fact_accuracy, train
 from attn_drift.demo.world import World
 from attn_drift.editors.rome import ROMEConfig
-from attn_drift.models import demo_folder
-from attn_drift.rewriting import request_texts
-from attn_drift.sampling import sample_contexts
+from attn_drift.model.loading import demo_folder
+from attn_drift.model.sampling import sample_contexts
+from attn_drift.prompts import request_texts
 
 pytestmark = pytest.mark.xdist_group("demo")
 

@@ -18,15 +18,15 @@ from torch.nn.utils.parametrize import register_parametrization
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
+from analysis.benchmark.case_runner import Job, Plan, Worker
+from analysis.edit_inputs import Supplies
 from analysis.methods import Method
+from analysis.scoring.score import score
 from analysis.sequences import edit_sequence
-from analysis.specificity import score
-from analysis.supplies import Supplies
-from analysis.worker import Job, Plan, Worker
-from attn_drift.cases import Case, Probe
-from attn_drift.hooks import key_point
-from attn_drift.models import disturbance, fingerprint
-from attn_drift.sampling import sample_documents
+from attn_drift.data.cases import Case, Probe
+from attn_drift.model.hooks import key_point
+from attn_drift.model.loading import disturbance, fingerprint
+from attn_drift.model.sampling import sample_documents
 
 Make = Callable[..., TransformerBridge]
 Disturb = Callable[[TransformerBridge], AbstractContextManager[None]]
@@ -100,7 +100,7 @@ some_disturbances = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {"TOKENS": 100, "TOKENS_PER_KEY": 1, "LENGTH": 5}.items():
-        monkeypatch.setattr(f"attn_drift.moments.SAMPLED_{name}", value)
+        monkeypatch.setattr(f"attn_drift.moments.second_moment.SAMPLED_{name}", value)
     monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "cache"))
 
 

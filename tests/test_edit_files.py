@@ -19,9 +19,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift.edit_files import FORMAT, digest
-from attn_drift.edits import compose
-from attn_drift.models import down_projection, fingerprint
+from attn_drift.edits.edit import compose
+from attn_drift.edits.files import FORMAT, digest
+from attn_drift.model.loading import down_projection, fingerprint
 
 Make = Callable[..., TransformerBridge]
 

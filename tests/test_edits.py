@@ -16,12 +16,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift import edits as edits_module
-from attn_drift.edits import compose
-from attn_drift.hooks import Hook, run
-from attn_drift.models import down_projection, fingerprint
-from attn_drift.tokens import encode, pad
-from attn_drift.weights import identities
+from attn_drift.edits import edit as edits_module
+from attn_drift.edits.edit import compose
+from attn_drift.edits.low_rank import identities
+from attn_drift.model.hooks import Hook, run
+from attn_drift.model.loading import down_projection, fingerprint
+from attn_drift.model.tokens import encode, pad
 
 Make = Callable[..., TransformerBridge]
 TEXTS = ["Ada Bellini plays the cello", "The man", "Carla Moreau was seen in town by a friend of Ada Bellini."]

@@ -13,18 +13,21 @@ from transformer_lens.model_bridge import TransformerBridge
 from typer.testing import CliRunner
 
 import attn_drift as ad
-from analysis import cli, correlation, selection, tradeoffs
-from analysis.demo import ROME, Demonstration
+from analysis import cli
+from analysis.comparison import tradeoffs
+from analysis.comparison.wordings import without_wordings
+from analysis.demo.run import ROME, Demonstration
+from analysis.drift import correlation
+from analysis.drift import heads as selection
 from analysis.evidence import run, studies
 from analysis.evidence.folder import Evidence
 from analysis.evidence.run import evidence
 from analysis.evidence.studies import Edited
 from analysis.evidence.summary import conditions, recovered
-from analysis.wordings import without_wordings
-from attn_drift.cases import Case, Probe, distracting, having
+from attn_drift.data.cases import Case, Probe, distracting, having
 from attn_drift.demo.cases import demo_cases, further_wordings
 from attn_drift.demo.world import World
-from attn_drift.models import demo_folder
+from attn_drift.model.loading import demo_folder
 
 Make = Callable[..., TransformerBridge]
 
@@ -107,7 +110,7 @@ def test_killed_and_run_again(make_model: Make, tmp_path: Path, short: None, mon
         evidence(model, cases(), tmp_path / "killed", studied=3)
     assert (tmp_path / "killed" / "tables" / "patching.parquet").is_file()
     n_arms = len(list((tmp_path / "whole" / "arms").iterdir()))
-    monkeypatch.setattr("attn_drift.editors.shared.sample_contexts", None)
+    monkeypatch.setattr("attn_drift.editors.base.sample_contexts", None)
     again = evidence(model, cases(), tmp_path / "killed", studied=3)
     assert n_done == 7 + n_arms - 6
     assert again.summary == whole.summary

@@ -14,9 +14,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attn_drift as ad
-from attn_drift.exports import export
-from attn_drift.models import down_projection, fingerprint
-from attn_drift.tokens import encode
+from attn_drift.edits.export import export
+from attn_drift.model.loading import down_projection, fingerprint
+from attn_drift.model.tokens import encode
 
 Make = Callable[..., TransformerBridge]
 

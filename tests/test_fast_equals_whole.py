@@ -21,14 +21,14 @@ from test_memit import moments_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift.budget import Budget
 from attn_drift.editors import multilayer, rome
 from attn_drift.editors.multilayer import MultiLayerConfig
-from attn_drift.hooks import value_point
-from attn_drift.optimiser import OptimisedValue, Settled, ValueConfig
-from attn_drift.restriction import Restriction
-from attn_drift.rewriting import request_texts, suffix_batches
-from attn_drift.values import optimise_values
+from attn_drift.inference.memory import Budget
+from attn_drift.model.hooks import value_point
+from attn_drift.prompts import request_texts, suffix_batches
+from attn_drift.restrictions.base import Restriction
+from attn_drift.values.optimize import optimise_values
+from attn_drift.values.optimizer import OptimisedValue, Settled, ValueConfig
 
 SHAPES = [*ARCHITECTURES, *WINDOWED]
 CONTEXTS = ["{}", "The man met a friend. {}", "I. {}"]

@@ -23,9 +23,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis import cli
-from analysis.supplies import Supplies
-from attn_drift import files, moments
+from analysis.edit_inputs import Supplies
+from attn_drift import files
 from attn_drift.files import alone_in, keeping, replacing
+from attn_drift.moments import second_moment as moments
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "tensors": lambda path: save_file({"x": torch.zeros(40_000)}, path),

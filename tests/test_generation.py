@@ -18,13 +18,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import attn_drift as ad
-from analysis.answers import continuations
-from analysis.generation import Opening, continued
-from attn_drift import budget
-from attn_drift.budget import Budget
-from attn_drift.models import down_projection
-from attn_drift.prefixes import Prefixes, Suffixes
-from attn_drift.tokens import Tokens, encode
+from analysis.scoring.generation import Opening, continued
+from analysis.scoring.score_and_generate import continuations
+from attn_drift.inference import memory as budget
+from attn_drift.inference.kv_cache import Prefixes, Suffixes
+from attn_drift.inference.memory import Budget
+from attn_drift.model.loading import down_projection
+from attn_drift.model.tokens import Tokens, encode
 
 Make = Callable[..., TransformerBridge]
 

@@ -17,18 +17,18 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.interventions import Text, outcomes
-from analysis.specificity import score
-from attn_drift import optimiser
-from attn_drift.cases import Case, Probe
+from analysis.causal.interventions import Text, outcomes
+from analysis.scoring.score import score
+from attn_drift.data.cases import Case, Probe
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
-from attn_drift.hooks import read, run, value_point
-from attn_drift.models import down_projection
-from attn_drift.optimiser import OptimisedValue, ValueConfig
-from attn_drift.restriction import DIVERGENCES
-from attn_drift.rewriting import request_texts, rewriting_batch
-from attn_drift.tokens import encode, pad
-from attn_drift.values import optimise_values
+from attn_drift.model.hooks import read, run, value_point
+from attn_drift.model.loading import down_projection
+from attn_drift.model.tokens import encode, pad
+from attn_drift.prompts import request_texts, rewriting_batch
+from attn_drift.restrictions.divergences import DIVERGENCES
+from attn_drift.values import optimizer as optimiser
+from attn_drift.values.optimize import optimise_values
+from attn_drift.values.optimizer import OptimisedValue, ValueConfig
 
 CONTEXTS = ["{}", "The man met a friend. {}", "I. {}"]
 REQUESTS = [

@@ -17,13 +17,13 @@ from transformer_lens import hook_points
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.specificity import score
-from attn_drift import weights
-from attn_drift.changes import Change, block
-from attn_drift.hooks import attached, outputs_observed, reading, value_point
-from attn_drift.models import down_projection
-from attn_drift.shortcuts import fused, replaced
-from attn_drift.values import _Freezing
+from analysis.scoring.score import score
+from attn_drift.edits import low_rank as weights
+from attn_drift.inference.frozen_forward import fused, replaced
+from attn_drift.model.changes import Change, block
+from attn_drift.model.hooks import attached, outputs_observed, reading, value_point
+from attn_drift.model.loading import down_projection
+from attn_drift.values.optimize import _Freezing
 
 TEXT = "Ada Bellini plays the cello"
 CHANGES = [PACKAGE / name for name in ("changes.py", "attachments.py", "hooks.py", "shortcuts.py", "values.py")]

@@ -13,10 +13,10 @@ from case_records import RECORDS, SNIPPETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_drift import json_lists
-from attn_drift.corpora import TextFile
-from attn_drift.datasets import read_cases, read_snippets
-from attn_drift.json_lists import CHUNK, DEEPEST, ListFile
+from attn_drift.data import json_lists
+from attn_drift.data.case_files import read_cases, read_snippets
+from attn_drift.data.json_lists import CHUNK, DEEPEST, ListFile
+from attn_drift.moments.corpora import TextFile
 
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=12) | st.text('\\"[]{}, \n', max_size=12)
 JSON = st.recursive(

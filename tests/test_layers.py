@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 import attn_drift as ad
 from analysis import cli, layers, plots
-from analysis.interventions import Text
+from analysis.causal.interventions import Text
+from analysis.causal.tracing import causal_trace
+from analysis.edit_inputs import Supplies
 from analysis.layers import LayerScores, suggest_layers
-from analysis.specificity import score
+from analysis.scoring.score import score
 from analysis.statistics import RESAMPLES, RESAMPLES_AT_ONCE
-from analysis.substitution import causal_trace
-from analysis.supplies import Supplies
-from attn_drift import moments
-from attn_drift.cases import Case
+from attn_drift.data.cases import Case
+from attn_drift.moments import second_moment as moments
 
 Make = Callable[..., TransformerBridge]
 

@@ -112,15 +112,16 @@ import torch
 sys.path.insert(0, "tests")
 from small_models import make_hf_model, make_tokenizer
 import attn_drift as ad
-from analysis.demo import demonstrate
-from analysis.head_kinds import head_kinds
-from analysis.interventions import Text
+from analysis.demo.run import demonstrate
+from analysis.drift.head_types import head_kinds
+from analysis.causal.interventions import Text
 from analysis.layers import suggest_layers
-from analysis.patching import heads_of, sweep_layers
+from analysis.causal.patching import heads_of, sweep_layers
 from analysis.sequences import edit_sequence
-from analysis.specificity import score
-from analysis.substitution import causal_trace, sweep_windows
-from attn_drift.cases import Case, Probe
+from analysis.scoring.score import score
+from analysis.causal.substitution import sweep_windows
+from analysis.causal.tracing import causal_trace
+from attn_drift.data.cases import Case, Probe
 
 logging.disable()
 request = ad.EditRequest("{} plays the", "Ada", "cello", "piano")

@@ -8,13 +8,13 @@ from reference import reference_spread
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
+from attn_drift.editors.base import at_subjects
 from attn_drift.editors.memit import MEMITConfig, batch_direction, memit
-from attn_drift.editors.shared import at_subjects
 from attn_drift.editors.spread import Spread
-from attn_drift.hooks import stream_point
-from attn_drift.models import fingerprint, float64_device, mlp_width
-from attn_drift.rewriting import request_texts
-from attn_drift.values import optimise_values
+from attn_drift.model.hooks import stream_point
+from attn_drift.model.loading import fingerprint, float64_device, mlp_width
+from attn_drift.prompts import request_texts
+from attn_drift.values.optimize import optimise_values
 
 Make = Callable[..., TransformerBridge]
 
@@ -87,7 +87,7 @@ def test_a_batch_is_one_edit_that_makes_its_facts(make_model: Make) -> None:
     assert alone.history is not None and alone.updates[0].rank == 1
 
     def p(edits: ad.Edit | None) -> list[float]:
-        from analysis.interventions import Text, outcomes
+        from analysis.causal.interventions import Text, outcomes
 
         return outcomes(model, [Text("c", "ES", r.question, r.target_new, r.subject, edits) for r in REQUESTS]).tolist()
 

@@ -9,10 +9,10 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
+from analysis.benchmark.sweep import Sweep
+from analysis.edit_inputs import Supplies
 from analysis.methods import NONE, Method, parse_methods
-from analysis.supplies import Supplies
-from analysis.sweep import Sweep
-from attn_drift.editors.presets import preset_gamma
+from attn_drift.restrictions.presets import preset_gamma
 
 Make = Callable[..., TransformerBridge]
 

@@ -15,11 +15,11 @@ from test_rome import moment_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift.hooks import key_point, read
-from attn_drift.models import fingerprint, origin
-from attn_drift.moments import sampled_moments
-from attn_drift.sampling import sample_contexts, sample_documents
-from attn_drift.tokens import Tokens, encode, pad
+from attn_drift.model.hooks import key_point, read
+from attn_drift.model.loading import fingerprint, origin
+from attn_drift.model.sampling import sample_contexts, sample_documents
+from attn_drift.model.tokens import Tokens, encode, pad
+from attn_drift.moments.second_moment import sampled_moments
 
 Make = Callable[..., TransformerBridge]
 TEXTS = ["Ada Bellini plays the cello", "The man", "Carla Moreau was seen in town.", "I", "Ada plays"] * 9
@@ -68,7 +68,7 @@ def test_sampled_moment_is_cached_by_what_it_depends_on(
     make_model: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path))
-    monkeypatch.setattr("attn_drift.moments.SAMPLED_TOKENS", 2_000)
+    monkeypatch.setattr("attn_drift.moments.second_moment.SAMPLED_TOKENS", 2_000)
     model = make_model("gpt2")
     first = ad.sampled_moment(model, 1)
     assert first.n_tokens >= 2_000
@@ -90,7 +90,7 @@ def test_text_is_sampled_once_for_all_layers(make_model: Make, monkeypatch: pyte
         lengths.append(arguments[1])
         return sample_documents(model, 500, 20, seed=0)
 
-    monkeypatch.setattr("attn_drift.moments.sample_documents", sampled)
+    monkeypatch.setattr("attn_drift.moments.second_moment.sample_documents", sampled)
     monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "one by one"))
     alone = {layer: ad.sampled_moment(model, layer) for layer in (2, 0, 1)}
     assert lengths == [50_000] * 3
@@ -109,7 +109,7 @@ def test_nothing_made_with_an_edit_in_effect_is_cached(
     make_model: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "edited"))
-    monkeypatch.setattr("attn_drift.moments.SAMPLED_TOKENS", 2_000)
+    monkeypatch.setattr("attn_drift.moments.second_moment.SAMPLED_TOKENS", 2_000)
     model = make_model("gpt2")
     with random_edit(model, 0, (0,)).applied(model):
         edited, changed = sample_contexts(model), ad.sampled_moment(model, 1)

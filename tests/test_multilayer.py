@@ -12,12 +12,13 @@ from transformer_lens.model_bridge import TransformerBridge
 import attn_drift as ad
 from attn_drift.editors import shared
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
-from attn_drift.editors.presets import preset, preset_gamma
 from attn_drift.editors.spread import Site, Spread
-from attn_drift.hooks import key_point, read, stream_point
-from attn_drift.models import down_projection, mlp_width
-from attn_drift.rewriting import request_texts
-from attn_drift.tokens import encode, pad
+from attn_drift.model.hooks import key_point, read, stream_point
+from attn_drift.model.loading import down_projection, mlp_width
+from attn_drift.model.tokens import encode, pad
+from attn_drift.presets import load_preset
+from attn_drift.prompts import request_texts
+from attn_drift.restrictions.presets import preset_gamma
 
 Make = Callable[..., TransformerBridge]
 
@@ -138,7 +139,7 @@ def test_layers_without_a_preset_go_by_depth(
     make_model: Make, caplog: pytest.LogCaptureFixture, n_layers: int, layers: tuple[int, ...]
 ) -> None:
     model = make_model("gpt2")
-    assert preset("memit", model) is None
+    assert load_preset("memit", model) is None
     model.cfg.n_layers = n_layers
     assert ad.MEMITConfig.for_model(model).layers == layers
     assert f"no preset for memit: layers {layers[0]} to {layers[-1]} of {n_layers} were chosen by depth" in caplog.text

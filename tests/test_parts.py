@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from test_benchmark import Recorded, record, write
 
-from analysis.benchmark import _done, _run, benchmark
+from analysis.benchmark.case_runner import Job, Plan
+from analysis.benchmark.parts import MANIFEST, Manifest, part_path
+from analysis.benchmark.results import Results
+from analysis.benchmark.run import _done, _run, benchmark
 from analysis.methods import parse_methods
-from analysis.parts import MANIFEST, Manifest, part_path
-from analysis.results import Results
-from analysis.worker import Job, Plan
-from attn_drift.datasets import CaseFile, read_cases
+from attn_drift.data.case_files import CaseFile, read_cases
 
 PLAN = Plan(tuple(parse_methods([])))
 

@@ -12,12 +12,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import attn_drift as ad
-from analysis import interventions
-from analysis.interventions import Text, outcomes, texts_of
-from analysis.patching import heads_of, knock_out, patch_attention, random_heads, sweep_heads, sweep_layers
-from attn_drift.cases import Case, Probe
-from attn_drift.hooks import head_output_point, head_value_point, pattern_point
-from attn_drift.tokens import encode_completion
+from analysis.causal import interventions
+from analysis.causal.interventions import Text, outcomes, texts_of
+from analysis.causal.patching import heads_of, knock_out, patch_attention, random_heads, sweep_heads, sweep_layers
+from attn_drift.data.cases import Case, Probe
+from attn_drift.model.hooks import head_output_point, head_value_point, pattern_point
+from attn_drift.model.tokens import encode_completion
 
 Make = Callable[..., TransformerBridge]
 
@@ -244,6 +244,6 @@ def test_bad_arguments_are_named(small: TransformerBridge) -> None:
 def test_a_model_whose_heads_put_out_something_else_is_refused(
     small: TransformerBridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.patching.attended", lambda pattern, values: 0 * values)
+    monkeypatch.setattr("analysis.causal.patching.attended", lambda pattern, values: 0 * values)
     with pytest.raises(RuntimeError, match="the heads' output is not pattern @ values"):
         patch_attention(small, asked(small), asked(small), {(1, 0)})

@@ -12,10 +12,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis import plots
-from analysis.drift import attention_drift, subject_attention
+from analysis.drift.measures import attention_drift, subject_attention
 from analysis.plots import style
-from analysis.scores import Scores
-from attn_drift.cases import TASKS
+from analysis.scoring.scores import Scores
+from attn_drift.data.cases import TASKS
 
 Make = Callable[..., TransformerBridge]
 TEXTS = ["Ada Bellini plays the <b>cello</b> the the", "The man met Ada Bellini"]

@@ -12,10 +12,10 @@ import attn_drift as ad
 from attn_drift.editors.memit import batch_direction
 from attn_drift.editors.pmet import PMETConfig
 from attn_drift.editors.spread import Spread
-from attn_drift.models import float64_device
-from attn_drift.optimiser import Settled
-from attn_drift.rewriting import request_texts
-from attn_drift.values import optimise_values
+from attn_drift.model.loading import float64_device
+from attn_drift.prompts import request_texts
+from attn_drift.values.optimize import optimise_values
+from attn_drift.values.optimizer import Settled
 
 Make = Callable[..., TransformerBridge]
 

@@ -12,10 +12,10 @@ from test_generation import bridge
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift import budget
-from attn_drift.budget import Budget
-from attn_drift.hooks import attached, embedding_point, shifting
-from attn_drift.prefixes import Prefixes, Suffixes
+from attn_drift.inference import memory as budget
+from attn_drift.inference.kv_cache import Prefixes, Suffixes
+from attn_drift.inference.memory import Budget
+from attn_drift.model.hooks import attached, embedding_point, shifting
 
 Make = Callable[..., TransformerBridge]
 Ids = list[int]

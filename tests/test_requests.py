@@ -14,11 +14,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
 import attn_drift as ad
-from analysis.specificity import score
-from attn_drift.cases import Case, Probe
+from analysis.scoring.score import score
+from attn_drift.data.cases import Case, Probe
+from attn_drift.model.tokens import Tokens, encode, encode_completion, pad, subject_span
+from attn_drift.prompts import request_texts, rewriting_batch
 from attn_drift.requests import fill, find_subject
-from attn_drift.rewriting import request_texts, rewriting_batch
-from attn_drift.tokens import Tokens, encode, encode_completion, pad, subject_span
 
 Make = Callable[..., TransformerBridge]
 WORDS = st.text(alphabet="abcé 京Ada.,'-", min_size=1, max_size=6).filter(str.strip)

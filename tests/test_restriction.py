@@ -13,9 +13,9 @@ from torch.distributions import Categorical, kl_divergence
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift.hooks import pattern_point, read
-from attn_drift.restriction import DIVERGENCES
-from attn_drift.rewriting import RewritingBatch, request_texts, rewriting_batch
+from attn_drift.model.hooks import pattern_point, read
+from attn_drift.prompts import RewritingBatch, request_texts, rewriting_batch
+from attn_drift.restrictions.divergences import DIVERGENCES
 
 Make = Callable[..., TransformerBridge]
 LAYERS = (1, 2)

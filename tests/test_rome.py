@@ -10,12 +10,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from attn_drift.editors.rome import subject_keys
-from attn_drift.hooks import key_point, read, value_point
-from attn_drift.models import fingerprint, mlp_width
-from attn_drift.restriction import Restriction
-from attn_drift.rewriting import request_texts
-from attn_drift.tokens import encode, pad
-from attn_drift.values import optimise_values
+from attn_drift.model.hooks import key_point, read, value_point
+from attn_drift.model.loading import fingerprint, mlp_width
+from attn_drift.model.tokens import encode, pad
+from attn_drift.prompts import request_texts
+from attn_drift.restrictions.base import Restriction
+from attn_drift.values.optimize import optimise_values
 
 CONTEXTS = ["{}", "The man met a friend. {}", "Carla Moreau was seen by Ada Bellini. {}", "I. {}", "Because. {}"]
 START = "{} plays the"

@@ -19,9 +19,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import attn_drift as ad
-from analysis import selection
-from analysis.head_kinds import KINDS, head_kinds, kinds_of_drifting
-from analysis.selection import (
+from analysis.drift import heads as selection
+from analysis.drift.head_types import KINDS, head_kinds, kinds_of_drifting
+from analysis.drift.heads import (
     Placebo,
     agreement,
     chance_jaccard,
@@ -32,11 +32,11 @@ from analysis.selection import (
     selected_heads,
     share_by_step,
 )
-from attn_drift.cases import Case, Probe, Task
-from attn_drift.edits import Edit
-from attn_drift.history import EditHistory
-from attn_drift.models import fingerprint
-from attn_drift.restriction import AllHeads, HeadRule, LayerMax, Margin, TopK
+from attn_drift.data.cases import Case, Probe, Task
+from attn_drift.edits.edit import Edit
+from attn_drift.edits.history import EditHistory
+from attn_drift.model.loading import fingerprint
+from attn_drift.restrictions.head_rules import AllHeads, HeadRule, LayerMax, Margin, TopK
 
 Make = Callable[..., TransformerBridge]
 

@@ -17,15 +17,16 @@ from typer.testing import CliRunner
 
 import attn_drift as ad
 from analysis import cli, plots, sequences, statistics
+from analysis.edit_inputs import Supplies
 from analysis.methods import Config, Method, one_edit
-from analysis.scores import Scores
+from analysis.scoring.score import score
+from analysis.scoring.scores import Scores
 from analysis.sequences import EditSequence, edit_sequence
-from analysis.specificity import score
-from analysis.supplies import Supplies
-from attn_drift import models, moments
-from attn_drift.cases import Case, Probe
+from attn_drift.data.cases import Case, Probe
 from attn_drift.editors.multilayer import MultiLayerConfig
-from attn_drift.models import down_projection, fingerprint
+from attn_drift.model import loading as models
+from attn_drift.model.loading import down_projection, fingerprint
+from attn_drift.moments import second_moment as moments
 
 Make = Callable[..., TransformerBridge]
 

@@ -13,8 +13,8 @@ from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
-from attn_drift.hooks import adding, attached, components, value_point
-from attn_drift.shortcuts import Constants, fused, replaced
+from attn_drift.inference.frozen_forward import Constants, fused, replaced
+from attn_drift.model.hooks import adding, attached, components, value_point
 
 Make = Callable[..., TransformerBridge]
 

@@ -20,13 +20,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attn_drift as ad
-from analysis.fitting import drop_unfit_texts
-from analysis.scores import results_row
-from analysis.specificity import begins, score
-from attn_drift.cases import TASKS, Case, Probe
+from analysis.scoring.fitting import drop_unfit_texts
+from analysis.scoring.score import begins, score
+from analysis.scoring.scores import results_row
+from attn_drift.data.cases import TASKS, Case, Probe
 from attn_drift.demo.cases import demo_cases, rephrased
 from attn_drift.demo.world import World, make_world
-from attn_drift.models import demo_folder
+from attn_drift.model.loading import demo_folder
 
 Make = Callable[..., TransformerBridge]
 REQUEST = ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano")
@@ -121,8 +121,8 @@ def edits_of(architecture: str) -> list[ad.Edit | None]:
 
 
 def set_batches(patch: pytest.MonkeyPatch, tokens: int = 2**14, free: int = 2**33) -> None:
-    patch.setattr("attn_drift.budget.TOKENS_AT_ONCE", tokens)
-    patch.setattr("attn_drift.budget.free_memory", lambda device: free)
+    patch.setattr("attn_drift.inference.memory.TOKENS_AT_ONCE", tokens)
+    patch.setattr("attn_drift.inference.memory.free_memory", lambda device: free)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_batches_padding_and_order_change_nothing(
     model.tokenizer.padding_side = side
     with pytest.MonkeyPatch.context() as patch:
         set_batches(patch, tokens, free)
-        patch.setattr("analysis.answers.WORTH", worth)
+        patch.setattr("analysis.scoring.score_and_generate.WORTH", worth)
         frame = score(model, [CASES[i] for i in order], [edits[i] for i in order]).frame
     expected = small_rows(architecture, torch.float32, False)
     assert_rows(frame, [row for i in order for row in expected if row["case"] == CASES[i].case_id], 1e-5)

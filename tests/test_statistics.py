@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from analysis.scores import DTYPES, SUMMARISED, Scores, results_row
+from analysis.scoring.scores import DTYPES, SUMMARISED, Scores, results_row
 from analysis.statistics import (
     RESAMPLES,
     RESAMPLES_AT_ONCE,

@@ -29,14 +29,15 @@ from typer.testing import CliRunner
 
 import attn_drift as ad
 from analysis import cli, plots
-from attn_drift import accumulation, corpora, streaming
-from attn_drift.accumulation import Gram, KeySums, batches
-from attn_drift.convergence import Convergence, doublings, expected, sufficient
-from attn_drift.corpora import HubTexts, TextFile, read_corpus
-from attn_drift.hooks import key_point, read
-from attn_drift.moments import second_moments
-from attn_drift.streaming import stream_moments
-from attn_drift.tokens import Tokens, encode_windows, pad
+from attn_drift.model.hooks import key_point, read
+from attn_drift.model.tokens import Tokens, encode_windows, pad
+from attn_drift.moments import corpora, streaming
+from attn_drift.moments import gram as accumulation
+from attn_drift.moments.convergence import Convergence, doublings, expected, sufficient
+from attn_drift.moments.corpora import HubTexts, TextFile, read_corpus
+from attn_drift.moments.gram import Gram, KeySums, batches
+from attn_drift.moments.second_moment import second_moments
+from attn_drift.moments.streaming import stream_moments
 
 Make = Callable[..., TransformerBridge]
 LINES = [f"Ada Bellini plays the {what} in town {i}" + " and a friend" * (i % 9) for i in range(8) for what in "ab"]

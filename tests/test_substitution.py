@@ -16,11 +16,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import attn_drift as ad
-from analysis import interventions, substitution
-from analysis.interventions import Batch, Text, outcomes
-from analysis.substitution import causal_trace, substitute, sweep_windows
-from attn_drift.hooks import Hook, stream_point, substituting
-from attn_drift.tokens import Completion, encode_completion
+from analysis.causal import interventions, substitution
+from analysis.causal.interventions import Batch, Text, outcomes
+from analysis.causal.substitution import substitute, sweep_windows
+from analysis.causal.tracing import causal_trace
+from attn_drift.model.hooks import Hook, stream_point, substituting
+from attn_drift.model.tokens import Completion, encode_completion
 
 Make = Callable[..., TransformerBridge]
 

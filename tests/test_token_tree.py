@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.token_tree import Ids, TokenTree
+from analysis.scoring.prefix_tree import Ids, TokenTree
 
 Rows = list[tuple[Ids, bool]]
 

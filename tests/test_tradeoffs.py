@@ -14,14 +14,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import attn_drift as ad
-from analysis import tradeoffs
-from analysis.arms import Outcome
-from analysis.equal_efficacy import at_equal_efficacy, efficacy
-from analysis.scores import Scores
+from analysis.comparison import tradeoffs
+from analysis.comparison.arms import Outcome
+from analysis.comparison.equal_efficacy import at_equal_efficacy, efficacy
+from analysis.comparison.tradeoffs import Point, points
+from analysis.scoring.scores import Scores
 from analysis.statistics import bootstrap, grouped_intervals
-from analysis.tradeoffs import Point, points
-from attn_drift.hidden_state import HiddenState
-from attn_drift.restriction import SADR
+from attn_drift.restrictions.hidden_state import HiddenState
+from attn_drift.restrictions.sadr import SADR
 
 CONFIG = ad.ROMEConfig(layer=2, steps=24, clamp=4.0, kl_factor=0.0625)
 

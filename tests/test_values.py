@@ -16,14 +16,15 @@ from test_edits import random_edit
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift import budget, values
-from attn_drift.budget import Budget
-from attn_drift.hooks import stream_point, value_point
-from attn_drift.optimiser import Optimisation, ValueConfig
-from attn_drift.passes import RecomputedPass
-from attn_drift.restriction import LossTerm, Penalty, Restriction
-from attn_drift.rewriting import RewritingBatch, request_texts, rewriting_batch, suffix_batches
-from attn_drift.values import optimise_values
+from attn_drift.inference import memory as budget
+from attn_drift.inference.memory import Budget
+from attn_drift.model.hooks import stream_point, value_point
+from attn_drift.prompts import RewritingBatch, request_texts, rewriting_batch, suffix_batches
+from attn_drift.restrictions.base import LossTerm, Penalty, Restriction
+from attn_drift.values import optimize as values
+from attn_drift.values.forward_passes import RecomputedPass
+from attn_drift.values.optimize import optimise_values
+from attn_drift.values.optimizer import Optimisation, ValueConfig
 
 Make = Callable[..., TransformerBridge]
 

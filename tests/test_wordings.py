@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attn_drift as ad
-from analysis.wordings import further_wordings, without_wordings, worded
-from attn_drift.cases import Case, Probe
+from analysis.comparison.wordings import further_wordings, without_wordings, worded
+from attn_drift.data.cases import Case, Probe
 
 
 def case(subject: str, *paraphrases: str) -> Case:

@@ -26,7 +26,7 @@ from analysis.cli.common import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from analysis.results import Results
+    from analysis.benchmark.results import Results
 
 CasesFile = Annotated[Path, typer.Argument(help="CounterFact, merged CounterFact, zsRE or WikiData, as JSON.")]
 Limit = Annotated[int | None, typer.Option(help="The first so many cases only.")]
@@ -112,7 +112,7 @@ def sweep(
 
     Exit status: 0 finished; 1 an error, or some cases failed; 2 bad options; 3 finished, but some texts left out.
     """
-    from analysis.sweep import Sweep, write_tradeoff
+    from analysis.benchmark.sweep import Sweep, write_tradeoff
 
     knobs = {"gamma": gamma, "learning_rate": learning_rate, "steps": steps, "kl_factor": kl_factor}
     swept = Sweep.parse(editor, {knob: values.split(",") for knob, values in knobs.items() if values})
@@ -153,7 +153,7 @@ def _benchmark(
     **options: Any,
 ) -> "Results":
     """Reads the files, all of them before anything slow is even imported, and runs the benchmark."""
-    from attn_drift.datasets import read_cases, read_snippets
+    from attn_drift.data.case_files import read_cases, read_snippets
 
     if not "".join(methods).strip():
         raise ValueError("no editor was given; expected names such as rome,rome+sadr, or none")
@@ -163,7 +163,7 @@ def _benchmark(
         said = f"{cases.n_skipped} records are skipped, such as {cases.skipped[0]}"
         console.print(said, markup=False, soft_wrap=True)
     texts = [] if corpus is None else _lines(corpus)
-    from analysis.benchmark import benchmark
+    from analysis.benchmark.run import benchmark
 
     quiet()
     precision = precision_of(dtype)
@@ -190,8 +190,8 @@ def _lines(path: Path) -> list[str]:
 
 def _finish(results: "Results") -> None:
     """Shows the table and where the rest is; ends the command with its status where not all was scored."""
-    from analysis.fitting import LeftOut
-    from analysis.summary import table_three
+    from analysis.benchmark.summary import table_three
+    from analysis.scoring.fitting import LeftOut
 
     # Half-widths below the means, so that the table fits a terminal.
     table = table_three(results.rows).map(lambda cell: cell.replace(" (", "\n("))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from analysis.fitting import LeftOut
-    from attn_drift.cases import Case, Task
+    from analysis.scoring.fitting import LeftOut
+    from attn_drift.data.cases import Case, Task
 
 # The libraries behind the commands take seconds to import, so that each command imports what it needs.
 
@@ -59,8 +59,8 @@ def cases_of(
 
     Nothing slow is imported.
     """
-    from attn_drift.cases import having
-    from attn_drift.datasets import read_cases
+    from attn_drift.data.case_files import read_cases
+    from attn_drift.data.cases import having
 
     if path is not None:
         given = having(read_cases(path, skip_invalid=skip_invalid), needed, n)
@@ -71,7 +71,7 @@ def cases_of(
         raise ValueError(f"no cases were given for {model}; give --cases FILE (the demo model alone has its own)")
     from attn_drift.demo.cases import demo_cases
     from attn_drift.demo.world import World
-    from attn_drift.models import demo_folder
+    from attn_drift.model.loading import demo_folder
 
     return demo_cases(World.load(demo_folder() / "world.json"), n, seed)
 

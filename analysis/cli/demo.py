@@ -21,10 +21,11 @@ def demo(
 ) -> None:
     """Edit facts of the demo model, see attention drift and what it breaks, and hold it with SADR."""
     quiet()
-    from analysis.demo import demonstrate
-    from analysis.report import demo_sections, write_report
+    from analysis.demo.page import demo_sections
+    from analysis.demo.run import demonstrate
+    from analysis.report import write_report
     from attn_drift.files import replacing
-    from attn_drift.models import load_model
+    from attn_drift.model.loading import load_model
 
     with console.status("loading the demo model"):
         model = load_model("demo")
@@ -51,7 +52,7 @@ def demo_cases_file(
     from attn_drift.demo.cases import demo_cases, merged_record
     from attn_drift.demo.world import World
     from attn_drift.files import replacing
-    from attn_drift.models import demo_folder
+    from attn_drift.model.loading import demo_folder
 
     cases = demo_cases(World.load(demo_folder() / "world.json"), n, seed)
     with replacing(out) as temporary:

@@ -22,7 +22,7 @@ from analysis.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from attn_drift.cases import Case
+    from attn_drift.data.cases import Case
 
 
 @app.command("evidence")
@@ -46,7 +46,7 @@ def evidence_of_a_model(
     check_cases(given, studied)
     wordings = _own_wordings(given) if cases is None else None
     from analysis.evidence.run import evidence
-    from attn_drift.models import load_model
+    from attn_drift.model.loading import load_model
 
     quiet()
     precision = precision_of(dtype)
@@ -78,7 +78,7 @@ def _own_wordings(cases: "list[Case]") -> "list[tuple[str, ...]]":
     """Further wordings of the demo's own cases."""
     from attn_drift.demo.cases import further_wordings
     from attn_drift.demo.world import World
-    from attn_drift.models import demo_folder
+    from attn_drift.model.loading import demo_folder
 
     world = World.load(demo_folder() / "world.json")
     return [further_wordings(world, case) for case in cases]

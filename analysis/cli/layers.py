@@ -47,7 +47,7 @@ def suggest_layer(
     from analysis.layers import check_cases, suggest_layers
     from analysis.report import write_report
     from attn_drift.files import replacing
-    from attn_drift.models import load_model
+    from attn_drift.model.loading import load_model
 
     check_cases(given)
     quiet()

@@ -26,11 +26,11 @@ def moments(
     """Take second moments of keys over text, all layers in one pass, and see whether the text was enough."""
     wanted = _layers(layers)
     precision = precision_of(dtype)
-    from attn_drift.corpora import read_corpus
+    from attn_drift.moments.corpora import read_corpus
 
     corpus = read_corpus(text)
-    from attn_drift.models import load_model
-    from attn_drift.streaming import stream_moments
+    from attn_drift.model.loading import load_model
+    from attn_drift.moments.streaming import stream_moments
 
     quiet()
     with console.status(f"loading {escape(model)}"):
@@ -58,7 +58,7 @@ def _layers(given: str) -> list[int]:
 
 def _said(frame: "pd.DataFrame") -> str:
     """How much text was enough, in words."""
-    from attn_drift.convergence import THRESHOLD, expected, sufficient
+    from attn_drift.moments.convergence import THRESHOLD, expected, sufficient
 
     seen, enough, guess = int(frame["tokens"].max()), sufficient(frame), expected(frame)
     if enough is not None:

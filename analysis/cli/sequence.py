@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from analysis.edit_inputs import Supplies
     from analysis.methods import Method
     from analysis.sequences import EditSequence
-    from analysis.supplies import Supplies
-    from attn_drift.datasets import CaseFile
+    from attn_drift.data.case_files import CaseFile
 
 # Columns of the steps as tables show them: in percent, as probabilities (but for the first on the page only), sizes.
 PERCENT = {"ES": "ES", "ES_argmax": "ES argmax", **{task: task for task in ("PS", "NS", "DNS", "RS")}}
@@ -60,15 +60,15 @@ def sequence_of_edits(
 
     Exit status: 0 finished; 1 an error; 2 bad options; 3 finished, but some texts left out.
     """
-    from attn_drift.datasets import read_cases
+    from attn_drift.data.case_files import read_cases
 
     if per_step < 1:
         raise ValueError(f"per_step is {per_step}; expected at least 1")
     given = read_cases(cases, skip_invalid=skip_invalid, limit=limit)
+    from analysis.edit_inputs import Supplies
     from analysis.methods import parse_methods
-    from analysis.supplies import Supplies
     from attn_drift.files import alone_in, replacing
-    from attn_drift.models import load_model
+    from attn_drift.model.loading import load_model
 
     methods = [method for method in parse_methods(editors.split(",")) if method.editor is not None]
     if not methods:
@@ -99,7 +99,7 @@ def _sequences(
 ) -> "dict[str, EditSequence]":
     """A sequence for each method; what the folder holds of the same run is read."""
     from analysis.sequences import RECORD, EditSequence, edit_sequence
-    from attn_drift.models import origin
+    from attn_drift.model.loading import origin
 
     model, seed = supplies.model, supplies.seed
     identity = {"cases": cases.sha256, "n": cases.n, "per_step": per_step, "seed": seed, **origin(model)}

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from attn_drift.cases import Case, Task
+from analysis.statistics import LEAST_CASES
+from attn_drift.data.cases import Case, Task
 
-# The texts that every case must have, and the number of cases below which nothing can be said.
+# The texts that every case must have.
 NEEDED: tuple[Task, ...] = ("ES", "PS", "DNS")
-LEAST_CASES = 3
 
 
 def check_cases(cases: Sequence[Case], studied: int) -> None:

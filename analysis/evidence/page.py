@@ -7,12 +7,12 @@ from typing import Any
 import pandas as pd
 
 from analysis import plots
-from analysis.equal_efficacy import ENOUGH, REACHED
+from analysis.comparison.equal_efficacy import ENOUGH, REACHED
+from analysis.comparison.tradeoffs import ALTERNATIVES, RULES, TASKS, WORDINGS
 from analysis.evidence.folder import Evidence
 from analysis.evidence.summary import HEALED, RANDOM, conditions, records, recovered
 from analysis.report import Section
 from analysis.statistics import grouped_intervals
-from analysis.tradeoffs import ALTERNATIVES, RULES, TASKS, WORDINGS
 
 WAYS = {"contaminate": "edited into vanilla", "heal": "vanilla into edited"}
 STREAMS = {"resid": "residual stream", "attn_out": "attention output", "mlp_out": "MLP output"}

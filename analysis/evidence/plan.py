@@ -10,21 +10,21 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis import tradeoffs
+from analysis.causal.interventions import Text
+from analysis.causal.patching import heads_of, patch_attention
+from analysis.comparison import tradeoffs
+from analysis.comparison.tradeoffs import Point
+from analysis.comparison.wordings import further_wordings, without_wordings, worded
+from analysis.drift.head_types import told_twice
 from analysis.evidence import LEAST_CASES, check_cases, studies
-from analysis.head_kinds import told_twice
-from analysis.interventions import Text
-from analysis.patching import heads_of, patch_attention
-from analysis.specificity import check_texts
-from analysis.tradeoffs import Point
-from analysis.wordings import further_wordings, without_wordings, worded
-from attn_drift.cases import Case, Task
-from attn_drift.editors.presets import preset_gamma
+from analysis.scoring.score import check_texts
+from attn_drift.data.cases import Case, Task
 from attn_drift.editors.rome import ROMEConfig
-from attn_drift.models import check_model, fingerprint
+from attn_drift.model.loading import check_model, fingerprint
+from attn_drift.prompts import request_texts
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import SADR
-from attn_drift.rewriting import request_texts
+from attn_drift.restrictions.presets import preset_gamma
+from attn_drift.restrictions.sadr import SADR
 
 log = logging.getLogger(__name__)
 

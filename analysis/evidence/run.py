@@ -15,9 +15,14 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis import correlation, head_kinds, selection, tradeoffs
-from analysis.arms import Outcome, arm
-from analysis.equal_efficacy import at_equal_efficacy
+from analysis.comparison import tradeoffs
+from analysis.comparison.arms import Outcome, arm
+from analysis.comparison.equal_efficacy import at_equal_efficacy
+from analysis.comparison.tradeoffs import Point
+from analysis.drift import correlation
+from analysis.drift import head_types as head_kinds
+from analysis.drift import heads as selection
+from analysis.edit_inputs import Supplies
 from analysis.evidence import studies
 from analysis.evidence.folder import PAGE, SUMMARY, Evidence, table_path
 from analysis.evidence.page import sections
@@ -27,13 +32,11 @@ from analysis.evidence.summary import summarise
 from analysis.folder import CONFIG
 from analysis.methods import NONE
 from analysis.report import write_report
-from analysis.supplies import Supplies
-from analysis.tradeoffs import Point
-from attn_drift.cases import Case
+from attn_drift.data.cases import Case
 from attn_drift.editors.rome import ROMEConfig, rome
-from attn_drift.edits import Edit
+from attn_drift.edits.edit import Edit
 from attn_drift.files import alone_in, replacing
-from attn_drift.restriction import SADR
+from attn_drift.restrictions.sadr import SADR
 
 log = logging.getLogger(__name__)
 

@@ -11,19 +11,19 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.interventions import Text, outcomes, texts_of
-from analysis.patching import Head, heads_of, knock_out, patch_attention, random_heads, sweep_heads, sweep_layers
-from analysis.selection import drifting, selected_heads
-from analysis.substitution import Kind, causal_trace, substitute, sweep_windows
-from attn_drift.cases import Case, Probe, Task
-from attn_drift.edits import Edit
+from analysis.causal.interventions import Kind, Text, outcomes, texts_of
+from analysis.causal.patching import Head, heads_of, knock_out, patch_attention, random_heads, sweep_heads, sweep_layers
+from analysis.causal.substitution import substitute, sweep_windows
+from analysis.causal.tracing import ROMES_WINDOW, causal_trace
+from analysis.drift.heads import drifting, selected_heads
+from attn_drift.data.cases import Case, Probe, Task
+from attn_drift.edits.edit import Edit
 from attn_drift.requests import fill
 
 KINDS: tuple[Kind, ...] = ("resid", "attn_out", "mlp_out")
 
-# Windows in layers of the published studies, and the number of layers of their models.
+# Window of the paper's substitution, in layers of GPT-J's 28.
 PAPERS_WINDOW = 6 / 28
-ROMES_WINDOW = 10 / 48
 
 # Of the heads above the edit, how many count as those that drift most, and how often as many are drawn at random.
 TOP_SHARE = 0.25

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.comparison.tradeoffs import RULES
 from analysis.evidence.folder import Evidence
 from analysis.statistics import grouped_intervals, resampled_means
-from analysis.tradeoffs import RULES
 
 # The condition of attention patching that the mechanism is judged by.
 HEALED = "all heads above"

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from analysis.drift import AttentionDrift, SubjectAttention
+from analysis.drift.measures import AttentionDrift, SubjectAttention
 from analysis.plots.style import BAND, DIVERGING, SEQUENTIAL, TEMPLATE, colours, label, visible
 from attn_drift.attention import AttentionCapture
 

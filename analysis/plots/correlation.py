@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analysis.correlation import EVERY, MEASURES
+from analysis.drift.correlation import EVERY, MEASURES
 from analysis.plots.scores import LEGEND, MARGINS, OPACITY, PANEL, PANELS_IN_A_ROW
 from analysis.plots.style import TEMPLATE, colours, label
 
@@ -29,9 +29,9 @@ def correlation(
     """The fall of p(right) against each measure of drift: one panel per measure, one point per text, coloured by task.
 
     Args:
-        frame: from `analysis.correlation.measure`.
-        table: from `analysis.correlation.correlate`; Pearson's rho and its interval then stand above each panel, of
-            all tasks or of the only one, and by task where the pointer rests on a point.
+        frame: from `analysis.drift.correlation.measure`.
+        table: from `analysis.drift.correlation.correlate`; Pearson's rho and its interval then stand above each panel,
+            of all tasks or of the only one, and by task where the pointer rests on a point.
         measures: columns of the table.
 
     Raises:

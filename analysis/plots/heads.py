@@ -130,7 +130,7 @@ def heads_by_step(frame: pd.DataFrame) -> go.Figure:
     """Which heads are selected at which step of an optimisation: one row per head, one panel per ``panel``.
 
     Args:
-        frame: ``panel``, ``step``, ``layer``, ``head``, ``share`` of texts (`analysis.selection.share_by_step`).
+        frame: ``panel``, ``step``, ``layer``, ``head``, ``share`` of texts (`analysis.drift.heads.share_by_step`).
 
     Raises:
         ValueError: no row, or a table that lacks a column.

@@ -4,14 +4,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.plots.style import TEMPLATE, check_table, colours
-from attn_drift.convergence import THRESHOLD
+from attn_drift.moments.convergence import THRESHOLD
 
 
 def moment_convergence(frame: pd.DataFrame, threshold: float = THRESHOLD) -> go.Figure:
     """The relative change of the solved direction against the tokens seen, a line per layer.
 
     Args:
-        frame: from `attn_drift.convergence.Convergence`; dotted, the distance to the direction of the last check.
+        frame: from `attn_drift.moments.convergence.Convergence`; dotted, the distance to the direction of the last
+            check.
         threshold: of the change, as a dashed line.
 
     Raises:

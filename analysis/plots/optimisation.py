@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analysis.plots.style import TEMPLATE, colours, label
-from attn_drift.history import EditHistory
+from attn_drift.edits.history import EditHistory
 
 
 def loss_history(histories: EditHistory | Mapping[str, EditHistory]) -> go.Figure:

@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analysis.plots.style import COLOURS, TEMPLATE, check_table, colours, faded, label
-from analysis.scores import Scores
-from attn_drift.cases import TASKS
+from analysis.scoring.scores import Scores
+from attn_drift.data.cases import TASKS
 
 # Where the labels of the lines stand, one line after the other: off the whiskers, and apart where lines meet.
 CORNERS = ("top right", "bottom left", "bottom right", "top left")

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from attn_drift.cases import Case, Probe, Task, distracting
+from attn_drift.data.cases import Case, Probe, Task, distracting
 from attn_drift.demo.world import World
 from attn_drift.requests import EditRequest, fill
 

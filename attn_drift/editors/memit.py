@@ -13,14 +13,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.checks import check_fields, check_number
+from attn_drift.editors.base import check_config, listed
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
-from attn_drift.editors.shared import check_config, listed
 from attn_drift.editors.spread import Directions
-from attn_drift.edits import Edit
-from attn_drift.models import check_model
-from attn_drift.moments import FactoredMoment, SecondMoment
+from attn_drift.edits.edit import Edit
+from attn_drift.model.loading import check_model
+from attn_drift.moments.second_moment import FactoredMoment, SecondMoment
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import Restriction
+from attn_drift.restrictions.base import Restriction
 
 
 @dataclass(frozen=True, kw_only=True)

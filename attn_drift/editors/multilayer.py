@@ -10,11 +10,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.budget import Budget
-from attn_drift.changes import exclusive
 from attn_drift.checks import check_choice, check_fields, check_kind, check_wholes, describe
-from attn_drift.editors.presets import settings_for, warn_once
-from attn_drift.editors.shared import (
+from attn_drift.editors.base import (
     Lengths,
     check_batches,
     check_lengths,
@@ -24,16 +21,19 @@ from attn_drift.editors.shared import (
     with_results,
 )
 from attn_drift.editors.spread import Directions, Site, Spread
-from attn_drift.edits import Edit
-from attn_drift.history import EditHistory
-from attn_drift.hooks import stream_point
-from attn_drift.models import check_finite, check_layer, check_model, fingerprint, float64_device
-from attn_drift.moments import SecondMoment, sampled_moments
-from attn_drift.optimiser import ValueConfig, Writing
+from attn_drift.edits.edit import Edit
+from attn_drift.edits.history import EditHistory
+from attn_drift.edits.low_rank import LowRankUpdate, identities
+from attn_drift.inference.memory import Budget
+from attn_drift.model.changes import exclusive
+from attn_drift.model.hooks import stream_point
+from attn_drift.model.loading import check_finite, check_layer, check_model, fingerprint, float64_device
+from attn_drift.moments.second_moment import SecondMoment, sampled_moments
+from attn_drift.presets import load_preset, warn_once
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import Restriction, bind_restriction
-from attn_drift.values import groups, optimise_values
-from attn_drift.weights import LowRankUpdate, identities
+from attn_drift.restrictions.base import Restriction, bind_restriction
+from attn_drift.values.optimize import groups, optimise_values
+from attn_drift.values.optimizer import ValueConfig, Writing
 
 Config = TypeVar("Config", bound="MultiLayerConfig")
 
@@ -78,7 +78,7 @@ class MultiLayerConfig(ValueConfig, ABC):
 
         Where neither says which layers, they are chosen by depth, which the log says once for each model and editor.
         """
-        settings = {**settings_for(cls.editor, model), **given}
+        settings = {**(load_preset(cls.editor, model) or {}), **given}
         if "layers" in settings:
             return cls(**settings)
         n = model.cfg.n_layers

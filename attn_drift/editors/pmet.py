@@ -14,17 +14,17 @@ from typing import ClassVar
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from attn_drift.editors.base import check_config, listed
 from attn_drift.editors.memit import MEMITConfig
 from attn_drift.editors.multilayer import edit_batches
-from attn_drift.editors.shared import check_config, listed
 from attn_drift.editors.spread import Site
-from attn_drift.edits import Edit
-from attn_drift.hooks import stream_point, value_point
-from attn_drift.models import check_model
-from attn_drift.moments import SecondMoment
-from attn_drift.optimiser import Settled
+from attn_drift.edits.edit import Edit
+from attn_drift.model.hooks import stream_point, value_point
+from attn_drift.model.loading import check_model
+from attn_drift.moments.second_moment import SecondMoment
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import Restriction
+from attn_drift.restrictions.base import Restriction
+from attn_drift.values.optimizer import Settled
 
 # A tenth of the NLL once the target is the first choice, and done when the essence term is at most 0.01.
 SETTLED = Settled()

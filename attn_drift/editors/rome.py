@@ -19,10 +19,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.changes import exclusive
 from attn_drift.checks import check_choice, check_fields, check_kind, check_number, check_whole
-from attn_drift.editors.presets import settings_for, warn_once
-from attn_drift.editors.shared import (
+from attn_drift.editors.base import (
     at_subjects,
     check_config,
     check_lengths,
@@ -32,17 +30,19 @@ from attn_drift.editors.shared import (
     warn_of_explosion,
     with_results,
 )
-from attn_drift.edits import Edit
-from attn_drift.hooks import key_point, value_point
-from attn_drift.models import check_finite, check_layer, check_model, float64_device
-from attn_drift.moments import FactoredMoment, SecondMoment, sampled_moment
-from attn_drift.optimiser import ValueConfig
+from attn_drift.edits.edit import Edit
+from attn_drift.edits.low_rank import LowRankUpdate, SeenUpdate, concatenated
+from attn_drift.model.changes import exclusive
+from attn_drift.model.hooks import key_point, value_point
+from attn_drift.model.loading import check_finite, check_layer, check_model, float64_device
+from attn_drift.model.sampling import ROME_LENGTHS
+from attn_drift.moments.second_moment import FactoredMoment, SecondMoment, sampled_moment
+from attn_drift.presets import load_preset, warn_once
+from attn_drift.prompts import RequestTexts
 from attn_drift.requests import EditRequest
-from attn_drift.restriction import Restriction, bind_restriction
-from attn_drift.rewriting import RequestTexts
-from attn_drift.sampling import ROME_LENGTHS
-from attn_drift.values import optimise_values
-from attn_drift.weights import LowRankUpdate, SeenUpdate, concatenated
+from attn_drift.restrictions.base import Restriction, bind_restriction
+from attn_drift.values.optimize import optimise_values
+from attn_drift.values.optimizer import ValueConfig
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class ROMEConfig(ValueConfig):
 
         Where neither says which layer, it is one at a quarter of the depth, which the log says once for each model.
         """
-        settings = {**settings_for("rome", model), **given}
+        settings = {**(load_preset("rome", model) or {}), **given}
         if "layer" not in settings:
             settings["layer"] = min(round(DEPTH * model.cfg.n_layers), max(0, model.cfg.n_layers - 2))
             warn_once(

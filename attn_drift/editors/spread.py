@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.editors.shared import at_subjects
-from attn_drift.hooks import Hook, attached, key_point, updating
-from attn_drift.models import float64_device
-from attn_drift.passes import Deltas
-from attn_drift.rewriting import RequestTexts, RewritingText
-from attn_drift.weights import LowRankUpdate, SeenUpdate
+from attn_drift.editors.base import at_subjects
+from attn_drift.edits.low_rank import LowRankUpdate, SeenUpdate
+from attn_drift.model.hooks import Hook, attached, key_point, updating
+from attn_drift.model.loading import float64_device
+from attn_drift.prompts import RequestTexts, RewritingText
+from attn_drift.values.forward_passes import Deltas
 
 # Texts that are read in one run.
 ROWS_AT_ONCE = 256

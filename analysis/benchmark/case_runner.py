@@ -1,0 +1,184 @@
+"""What computes a chunk of a benchmark: a model, the methods bound to it, and what their edits share."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from analysis.edit_inputs import Supplies
+from analysis.methods import NONE, BoundMethod, Method
+from analysis.scoring.fitting import drop_unfit_texts
+from analysis.scoring.fluency import Consistency, perplexity, predicted, prose
+from analysis.scoring.score import score
+from analysis.scoring.scores import DTYPES, Scores
+from attn_drift.data.case_files import Snippets
+from attn_drift.data.cases import Case
+from attn_drift.model.cache import cached
+from attn_drift.model.loading import disturbance, load_model, origin
+from attn_drift.prompts import request_texts
+from attn_drift.requests import SLOT
+
+log = logging.getLogger(__name__)
+
+# A part's columns: those of `Scores.frame`, and the error of a text that was left out, or of a case that failed (a row
+# without a task). Where there is an error there are no scores.
+PART_DTYPES = {**DTYPES, "error": "str"}
+
+LONGEST_ERROR = 500
+
+# What unedited scores in the cache depend on beside content: libraries that compute them.
+LIBRARIES = ("attn-drift", "transformers", "tokenizers", "scikit-learn", "pandas")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What workers need beside a model and cases.
+
+    Attributes:
+        methods: all that may be asked for.
+        seed: of the edits' contexts and of the sampled continuations.
+        corpus: texts for perplexity; without any there is no PPL.
+        snippets: whose texts give the document frequencies of consistency; without them there is no CS.
+        moments: folder of second moments, see `Supplies`.
+    """
+
+    methods: tuple[Method, ...]
+    seed: int = 0
+    corpus: tuple[str, ...] = ()
+    snippets: Snippets | None = None
+    moments: str | None = None
+
+    def texts(self) -> dict[str, object]:
+        """What the scores of given cases depend on beside model and edits."""
+        corpus = hashlib.sha256(json.dumps(self.corpus).encode()).hexdigest() if self.corpus else None
+        snippets = None if self.snippets is None else self.snippets.sha256
+        return {"seed": self.seed, "corpus": corpus, "snippets": snippets}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A chunk of cases for one method; ``chunk`` counts from 0 in the order of the file."""
+
+    method: str
+    chunk: int
+    cases: tuple[Case, ...]
+
+
+class Worker:
+    """A model and the methods that are bound to it.
+
+    Args:
+        model: a model, or what `load_model` takes.
+        plan: what to do with it.
+        options: of `load_model`.
+
+    Raises:
+        ValueError: the model does not compute what its weights say (an edit in effect, another hook, autocast), a
+            method's settings do not fit it, or a text for perplexity does not; before the model runs.
+    """
+
+    def __init__(self, model: TransformerBridge | str, plan: Plan, options: dict[str, Any] | None = None) -> None:
+        self.model, self.plan = load_model(model, **(options or {})), plan
+        if (why := disturbance(self.model)) is not None:
+            raise ValueError(f"{self.model.cfg.model_name} does not compute what its weights say: {why}")
+        self.methods: dict[str, BoundMethod] = {m.name: m.bind(self.model) for m in plan.methods}
+        self.supplies = Supplies(self.model, plan.seed, plan.moments)
+        predicted(self.model, plan.corpus)  # raises where a text does not fit
+        self.consistency = None if plan.snippets is None else Consistency(plan.snippets.corpus)
+
+    def record(self) -> dict[str, Any]:
+        """What decides the worker's results: the model, and every method's settings."""
+        return {
+            "name": str(self.model.cfg.model_name),
+            "dtype": str(next(self.model.parameters()).dtype),
+            "origin": origin(self.model),
+            "methods": {name: method.record(self.supplies) for name, method in self.methods.items()},
+        }
+
+    def run(self, job: Job) -> pd.DataFrame:
+        """The part of a job, its rows in the order of the cases, then of the tasks.
+
+        A text that the model cannot take is left out, whatever the method, and gives a row with an ``error``. A case
+        that fails gives one as well: that its edit prompt does not fit is found before anything is edited; where
+        something else fails, the cases of the chunk are run one at a time.
+
+        Raises:
+            OSError, torch.AcceleratorError: the disk or the device is at fault, not a case.
+        """
+        fit, errors = list[Case](), list[dict[str, str]]()
+        for case in job.cases:
+            try:
+                request_texts(self.model, case.request, [SLOT])
+            except ValueError as error:
+                errors.append({"case": case.case_id, "error": f"ValueError: {error}"})
+                continue
+            kept, left_out = drop_unfit_texts(self.model, case)
+            fit.append(kept)
+            errors += [asdict(text) for text in left_out]
+        parts = self._isolated(job.method, fit) if fit else []
+        return _in_order_of(job.cases, pd.concat([*parts, _error_rows(errors)], ignore_index=True))
+
+    def _isolated(self, method: str, cases: Sequence[Case]) -> list[pd.DataFrame]:
+        """One part of all cases, or, where that fails, a part or a failure of each."""
+        try:
+            return [self._part(method, cases)]
+        except (OSError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            log.debug("%d cases failed", len(cases), exc_info=True)
+        # Out of the block, so that the tensors of what failed are free.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(cases) == 1:
+            return [_error_rows([{"case": cases[0].case_id, "error": said}])]
+        return [part for case in cases for part in self._isolated(method, [case])]
+
+    def _part(self, method: str, cases: Sequence[Case]) -> pd.DataFrame:
+        if method != NONE:
+            return self._scored(method, cases)
+        content = json.dumps([asdict(case) for case in cases], sort_keys=True)
+        key = {
+            **origin(self.model),
+            **self.plan.texts(),
+            **{library: version(library) for library in LIBRARIES},
+            "cases": hashlib.sha256(content.encode()).hexdigest(),
+        }
+        rows = cached(self.model, "unedited", key, lambda: _rows(self._scored(method, cases)))
+        return pd.DataFrame(rows, columns=list(PART_DTYPES)).astype(PART_DTYPES)
+
+    def _scored(self, method: str, cases: Sequence[Case]) -> pd.DataFrame:
+        edits = self.methods[method].edits([case.request for case in cases], self.supplies)
+        tables = [
+            score(self.model, cases, edits),
+            prose(self.model, cases, edits, seed=self.plan.seed, consistency=self.consistency),
+            perplexity(self.model, cases, edits, self.plan.corpus),
+        ]
+        part = pd.concat([table.frame for table in tables], ignore_index=True).assign(error=None)
+        return _in_order_of(cases, part.astype(PART_DTYPES))
+
+
+def _rows(part: pd.DataFrame) -> list[list[Any]]:
+    """A part as JSON holds it, with None where a value is missing."""
+    values = part[list(PART_DTYPES)].astype(object)
+    rows: list[list[Any]] = values.where(values.notna(), None).to_numpy().tolist()
+    return rows
+
+
+def _in_order_of(cases: Sequence[Case], part: pd.DataFrame) -> pd.DataFrame:
+    order = {case.case_id: place for place, case in enumerate(cases)}
+    return part.sort_values("case", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
+
+
+def _error_rows(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+    """A part of rows without scores: ``case`` and ``error``, and of a text ``task`` and ``text``."""
+    errors = [row["error"] for row in rows]
+    errors = [error if len(error) <= LONGEST_ERROR else f"{error[:LONGEST_ERROR]} ..." for error in errors]
+    return Scores.from_rows(rows).frame.assign(error=errors).astype(PART_DTYPES)

@@ -1,0 +1,191 @@
+"""Where chunks of a benchmark are computed: in this process, or by Ray actors that hold one model each.
+
+Both run the same `Worker` on the same chunks, so that the table does not depend on the engine.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import pandas as pd
+
+from analysis.benchmark.case_runner import Job, Plan, Worker
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What computes jobs."""
+
+    def record(self) -> dict[str, Any]:
+        """`Worker.record`, the same of every worker."""
+        ...
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, pd.DataFrame]]:
+        """The parts of jobs, in any order, as they are done."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds."""
+        ...
+
+
+class LocalEngine:
+    """One worker in this process."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def record(self) -> dict[str, Any]:
+        return self._worker.record()
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, pd.DataFrame]]:
+        for job in jobs:
+            yield job, self._worker.run(job)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class RayEngine:
+    """Workers as Ray actors, each with a model of its own, which it loads itself.
+
+    Jobs go to actors that have loaded their model, so that one for which there is no room holds nothing up. A job whose
+    actor dies is given to another one, once.
+
+    Args:
+        source: what `load_model` takes, by a name that every machine understands.
+        plan, options: as of `Worker`.
+        workers: number of actors.
+        address: of a running cluster; a local one is started when None.
+
+    Raises:
+        ModuleNotFoundError: Ray is not installed.
+        ValueError: as of `Worker`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        plan: Plan,
+        options: dict[str, Any] | None = None,
+        workers: int = 2,
+        address: str | None = None,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers is {workers}; expected at least 1")
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("the engine 'ray' needs Ray: pip install 'attn-drift[ray]'") from error
+        self._ray, self._started = ray, not ray.is_initialized()
+        if self._started:
+            ray.init(
+                address=address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+            )
+        try:
+            actor = ray.remote(**_shares(ray.cluster_resources(), workers, (options or {}).get("device")))(_Actor)
+            shared = ray.put(plan)
+            self._idle: list[Any] = []
+            # What runs, by its reference: the actor, and its job (None: it loads its model).
+            self._pending: dict[Any, tuple[Any, Job | None]] = {}
+            for _ in range(workers):
+                made = actor.remote()
+                self._pending[made.start.remote(source, shared, options)] = made, None
+            started = self._wait()[1]
+            if isinstance(started, Exception):
+                raise started
+            self._record: dict[str, Any] = started
+        except BaseException:
+            self.close()
+            raise
+
+    def record(self) -> dict[str, Any]:
+        return self._record
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, pd.DataFrame]]:
+        retried: set[tuple[str, int]] = set()
+        for job in jobs:
+            while not self._idle:
+                yield from self._done(retried)
+            self._give(job)
+        while self._busy:
+            yield from self._done(retried)
+
+    @property
+    def _busy(self) -> bool:
+        return any(job is not None for _, job in self._pending.values())
+
+    def _give(self, job: Job) -> None:
+        actor = self._idle.pop()
+        self._pending[actor.run.remote(job)] = actor, job
+
+    def _done(self, retried: set[tuple[str, int]]) -> Iterator[tuple[Job, pd.DataFrame]]:
+        """Waits for what is done next: a part, an actor that has loaded its model, or something that failed."""
+        job, result = self._wait()
+        if isinstance(result, pd.DataFrame) and job is not None:
+            yield job, result
+        elif isinstance(result, Exception):
+            died = isinstance(result, self._ray.exceptions.RayActorError) and job is not None
+            if job is None or not died or (job.method, job.chunk) in retried:
+                yield from self._rest()
+                raise result
+            log.warning("a Ray worker died; its %d cases are given to another one", len(job.cases))
+            retried.add((job.method, job.chunk))
+            while not self._idle:
+                yield from self._done(retried)
+            self._give(job)
+
+    def _rest(self) -> Iterator[tuple[Job, pd.DataFrame]]:
+        """The parts that are still being made, so that none is lost."""
+        while self._busy:
+            job, result = self._wait()
+            if isinstance(result, pd.DataFrame) and job is not None:
+                yield job, result
+
+    def _wait(self) -> tuple[Job | None, Any]:
+        """The next job, None for a start, with its result or what it failed of.
+
+        Raises:
+            RuntimeError: no actor is left.
+        """
+        if not self._pending:
+            raise RuntimeError("no Ray worker is left: all of them died, usually of too little memory")
+        (ready,), _ = self._ray.wait(list(self._pending), num_returns=1)
+        actor, job = self._pending.pop(ready)
+        try:
+            result = self._ray.get(ready)
+        except self._ray.exceptions.RayActorError as error:
+            return job, error
+        except self._ray.exceptions.RayTaskError as error:
+            result = error.cause
+        self._idle.append(actor)
+        return job, result
+
+    def close(self) -> None:
+        for actor in [*self._idle, *(actor for actor, _ in self._pending.values())]:
+            self._ray.kill(actor)
+        if self._started:
+            self._ray.shutdown()
+
+
+class _Actor:
+    """A worker that is made after its actor, so that what is wrong with its arguments reaches the caller as it is."""
+
+    def start(self, model: str, plan: Plan, options: dict[str, Any] | None) -> dict[str, Any]:
+        self.worker = Worker(model, plan, options)
+        return self.worker.record()
+
+    def run(self, job: Job) -> pd.DataFrame:
+        return self.worker.run(job)
+
+
+def _shares(resources: Mapping[str, float], workers: int, device: str | None) -> dict[str, float]:
+    """What each actor asks for, so that all of them find room."""
+    cpus = resources.get("CPU", 1) / workers
+    shares = {"num_cpus": float(int(cpus)) if cpus >= 1 else cpus}
+    gpus = int(resources.get("GPU", 0))
+    if gpus and device != "cpu":
+        shares["num_gpus"] = 1 / -(-workers // gpus)
+    return shares

@@ -1,0 +1,289 @@
+"""The benchmark: cases x methods, in chunks, each written as it is done, so that a run can be killed and resumed.
+
+A folder holds ``config.json`` (what is run), ``parts/<method>/<chunk>.parquet`` (a row per text, see
+`analysis.scoring.scores.Scores`; one with an ``error`` for a text that was left out, and for a case that failed),
+``manifest.jsonl`` (the digest and the cases of each part), and the summaries of `analysis.benchmark.summary`.
+"""
+
+import json
+import logging
+import platform
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from analysis.benchmark.case_runner import Job, Plan, Worker
+from analysis.benchmark.engines import Engine, LocalEngine, RayEngine
+from analysis.benchmark.parts import Manifest, Part
+from analysis.benchmark.results import Results
+from analysis.benchmark.summary import write_summaries
+from analysis.folder import CONFIG
+from analysis.methods import parse_methods
+from analysis.scoring.fitting import LeftOut
+from attn_drift.data.case_files import CaseFile, read_cases
+from attn_drift.data.cases import Case
+from attn_drift.files import alone_in, replacing
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("attn-drift", "torch", "transformer-lens", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn")
+
+
+def benchmark(
+    model: TransformerBridge | str,
+    cases: CaseFile | str | Path,
+    methods: Sequence[str],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    batch_cases: int = 16,
+    corpus: Sequence[str] = (),
+    moments: str | Path | None = None,
+    options: dict[str, Any] | None = None,
+    engine: Literal["local", "ray"] = "local",
+    workers: int = 2,
+    address: str | None = None,
+    retry_failed: bool = False,
+) -> Results:
+    """Runs every method on every case, and summarises what the folder then holds.
+
+    What the folder already holds of the same run is kept, so that an interrupted run goes on where it was; methods, and
+    cases of the same file, may be added to it. The same seed gives the same table, whatever the engine and the order
+    (and up to rounding, whatever the chunks).
+
+    Args:
+        model: a model, or what `load_model` takes.
+        cases: of one file; its snippets are the reference texts for consistency.
+        methods: names such as ``rome`` and ``rome+sadr:gamma=0.01``; the unedited model is always among them.
+        out: the folder.
+        seed: of the edits' contexts and of sampled continuations.
+        batch_cases: cases in a chunk: edited and scored together, written as one part.
+        corpus: texts for perplexity.
+        moments: folder of second moments as `stream_moments` writes it; sampled from the model when None.
+        options: of `load_model`, where ``model`` is a name.
+        engine: ``"local"``, in this process, or ``"ray"``, for which ``model`` must be a name.
+        workers: number of Ray actors, each with a model of its own.
+        address: of a running Ray cluster; a local one is started when None.
+        retry_failed: compute chunks with failed cases again.
+
+    Raises:
+        ValueError: a bad method or setting, or a folder that holds another run, parts that are not as they were
+            written, or parts of an earlier version; before a model is loaded or runs.
+        RuntimeError: another process is running in the folder.
+    """
+    out = Path(out)
+    cases = cases if isinstance(cases, CaseFile) else read_cases(cases)
+    if batch_cases < 1:
+        raise ValueError(f"batch_cases is {batch_cases}; expected at least 1")
+    folder = None if moments is None else str(Path(moments).absolute())
+    plan = Plan(tuple(parse_methods(methods)), seed, _texts(corpus), cases.snippets, folder)
+    _check_engine(engine, model)
+    # Before a model is loaded, which may take minutes.
+    _check_same_run(out, {"identity": _identity(plan, cases, batch_cases), "cases": {"n": cases.n}})
+    with alone_in(out):
+        manifest = Manifest(out)
+        manifest.check()
+        done = _done(manifest, plan, cases, batch_cases, retry_failed)
+        with _engine(engine, model, plan, options, workers, address) as running:
+            return _run(running, plan, cases, out, batch_cases, done)
+
+
+def _texts(corpus: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(corpus, str):
+        raise ValueError(f"the corpus is the text {corpus[:60]!r}; expected a list of texts")
+    return tuple(corpus)
+
+
+@contextmanager
+def _engine(
+    name: str,
+    model: TransformerBridge | str,
+    plan: Plan,
+    options: dict[str, Any] | None,
+    workers: int,
+    address: str | None,
+) -> Iterator[Engine]:
+    engine: Engine
+    if name == "ray":
+        engine = RayEngine(str(model), plan, options, workers, address)
+    else:
+        engine = LocalEngine(Worker(model, plan, options))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _check_engine(engine: str, model: TransformerBridge | str) -> None:
+    if engine not in ("local", "ray"):
+        raise ValueError(f"the engine is {engine!r}; expected 'local' or 'ray'")
+    if engine == "ray" and isinstance(model, TransformerBridge):
+        raise ValueError("a loaded model was given for the engine 'ray'; give the name from which each worker loads it")
+
+
+def _done(
+    manifest: Manifest, plan: Plan, cases: CaseFile, batch_cases: int, retry_failed: bool
+) -> set[tuple[str, int]]:
+    """The methods and chunks that need not be computed.
+
+    Raises:
+        ValueError: a part has other cases than its chunk.
+    """
+    done = set[tuple[str, int]]()
+    if not any(manifest.parts(method.name) for method in plan.methods):
+        return done
+    for chunk, several in enumerate(_chunks(cases, batch_cases)):
+        for method in plan.methods:
+            part = manifest.part(method.name, chunk)
+            if part is not None and _is_done(part, [case.case_id for case in several], retry_failed):
+                done.add((method.name, chunk))
+    return done
+
+
+def _is_done(part: Part, case_ids: Sequence[str], retry_failed: bool) -> bool:
+    """Whether a part has all cases of its chunk (the last chunk grows with a greater limit), none of them failed."""
+    if list(part.cases) != list(case_ids[: len(part.cases)]):
+        raise ValueError(
+            f"the part {part.path} has the cases {list(part.cases)[:3]} ..., but its chunk of the file has "
+            f"{list(case_ids)[:3]} ...: the file is read in another way than when it was written; give another folder"
+        )
+    return len(part.cases) == len(case_ids) and not (retry_failed and _has_failed(part))
+
+
+def _has_failed(part: Part) -> bool:
+    rows = part.read(["task", "error"])
+    return bool((rows["error"].notna() & rows["task"].isna()).any())
+
+
+def _run(
+    engine: Engine,
+    plan: Plan,
+    cases: CaseFile,
+    out: Path,
+    batch_cases: int,
+    done: Set[tuple[str, int]] = frozenset(),
+) -> Results:
+    _write_config(out, _config(engine.record(), plan, cases, batch_cases))
+    manifest = Manifest(out)
+    manifest.begin()
+    names = [method.name for method in plan.methods]
+    held = sum(min(batch_cases, cases.n - chunk * batch_cases) for _, chunk in done)
+    logged = set[str]()
+    with tqdm(total=cases.n * len(names), initial=held, desc="benchmark", unit="case", smoothing=0.05) as progress:
+        for job, part in engine.run(_jobs(names, cases, batch_cases, done)):
+            manifest.write(job.method, job.chunk, [case.case_id for case in job.cases], part)
+            _log_errors(part, logged)
+            progress.update(len(job.cases))
+    results = Results(out)
+    write_summaries(results)
+    return results
+
+
+def _chunks(cases: Iterable[Case], batch_cases: int) -> Iterator[tuple[Case, ...]]:
+    stream = iter(cases)
+    while several := tuple(islice(stream, batch_cases)):
+        yield several
+
+
+def _jobs(names: Sequence[str], cases: Iterable[Case], batch_cases: int, done: Set[tuple[str, int]]) -> Iterator[Job]:
+    """The chunks that are not done yet."""
+    for chunk, several in enumerate(_chunks(cases, batch_cases)):
+        for name in names:
+            if (name, chunk) not in done:
+                yield Job(name, chunk, several)
+
+
+def _log_errors(part: pd.DataFrame, logged: set[str]) -> None:
+    """Says which cases failed and which texts are left out: once, however many methods share the reason."""
+    for row in part[part["error"].notna()].to_dict("records"):
+        if pd.isna(row["task"]):
+            said = f"the case {row['case']!r} failed: {row['error']}"
+        else:
+            said = f"left out: {LeftOut(row['case'], row['task'], row['text'], row['error'])}"
+        if said not in logged:
+            logged.add(said)
+            log.warning("%s", said)
+
+
+def _identity(plan: Plan, cases: CaseFile, batch_cases: int) -> dict[str, Any]:
+    """What parts of one table have in common, beside the model."""
+    return {"cases": cases.sha256, "batch_cases": batch_cases, **plan.texts()}
+
+
+def _config(record: dict[str, Any], plan: Plan, cases: CaseFile, batch_cases: int) -> dict[str, Any]:
+    """What is run. Parts belong to one table where ``identity`` and their method's settings are the same."""
+    return {
+        "identity": {**_identity(plan, cases, batch_cases), **record["origin"]},
+        "model": {"name": record["name"], "dtype": record["dtype"]},
+        "cases": {
+            "path": str(cases.path),
+            "format": cases.format,
+            "n": cases.n,
+            "n_skipped": cases.n_skipped,
+            "skipped": list(cases.skipped),
+            "n_repeated": cases.n_repeated,
+        },
+        "seed": plan.seed,
+        "methods": record["methods"],
+        "versions": {library: version(library) for library in LIBRARIES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _held(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run that a folder holds.
+
+    Raises:
+        ValueError: its ``config.json`` is none of a benchmark.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if {"identity", "methods", "cases"} <= set(held):
+            return held
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{path} is not of a benchmark, or damaged; give another folder")
+
+
+def _check_same_run(folder: Path, config: dict[str, Any]) -> None:
+    """Raises a ValueError where a folder holds a run with another identity, other methods of a name, or more cases."""
+    held = _held(folder)
+    if held is None:
+        return
+    other = [key for key, value in config["identity"].items() if held["identity"].get(key) != value]
+    methods = config.get("methods", {})
+    other += [name for name, before in held["methods"].items() if methods.get(name, before) != before]
+    other += ["a smaller number of cases"] if config["cases"]["n"] < held["cases"]["n"] else []
+    if other:
+        raise ValueError(
+            f"{folder} holds another run: it differs in {', '.join(other)} (see {folder / CONFIG}); give another "
+            "folder, or the same settings to go on with it"
+        )
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Writes the settings, together with those of methods that the folder already holds."""
+    # As JSON has it, where tuples are lists.
+    config = json.loads(json.dumps(config))
+    _check_same_run(folder, config)
+    held = _held(folder)
+    if held is not None:
+        if held["versions"] != config["versions"]:
+            log.warning("%s was begun with other versions of libraries (see its config.json)", folder)
+        config |= {"methods": held["methods"] | config["methods"]}
+        config |= {name: held[name] for name in ("versions", "started")}
+    with replacing(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -1,0 +1,88 @@
+"""Contaminating substitution: which activations carry the damage of an edit.
+
+Activations of one run are written into another, position by position: those of the edited model contaminate the vanilla
+run, those of the vanilla model heal the edited one (method.md, section 6).
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Literal, get_args
+
+import pandas as pd
+from jaxtyping import Float64
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from analysis.causal.interventions import Batch, Kind, Text, check_window, outcomes
+from attn_drift.model.hooks import Hook, stream_point, substituting
+from attn_drift.model.loading import check_layer, check_model
+from attn_drift.requests import find_subject
+
+# From the prompt-last token on (where the object is predicted), the subject's tokens, all tokens.
+Positions = Literal["last", "subject", "all"]
+
+
+def substitute(
+    model: TransformerBridge,
+    recipients: Sequence[Text],
+    donors: Sequence[Text],
+    kind: Kind,
+    layers: Collection[int],
+    positions: Positions = "last",
+) -> Float64[Tensor, " text"]:
+    """Probability of the right object when activations are those of the donors' runs.
+
+    Args:
+        model: the model.
+        recipients: the texts.
+        donors: as many, of the same lengths. ``[t.unedited for t in texts]`` as recipients and ``texts`` as donors
+            contaminate the vanilla run; the other way round they heal the edited one.
+        kind: ``"resid"`` (the residual stream after a layer), ``"attn_out"`` or ``"mlp_out"`` (what is added to it).
+        layers: the layers in which they are replaced; with none of them, the recipients are left as they are.
+        positions: ``"last"`` (from the recipient's prompt-last token on: wherever a token of the object is predicted),
+            ``"subject"`` (the tokens of the recipient's subject) or ``"all"``.
+
+    Raises:
+        ValueError: another kind or other positions, a layer that the model does not have, donors that do not match, or
+            the subject's positions where a recipient has none.
+    """
+    points = {layer: stream_point(layer, kind) for layer in sorted(set(layers))}
+    if not points:
+        stream_point(0, kind)  # a wrong name is one all the same
+    if positions not in get_args(Positions):
+        raise ValueError(f"the positions are {positions!r}; expected one of {list(get_args(Positions))}")
+    for layer in points:
+        check_layer(model, layer)
+    if positions == "subject":
+        for text in recipients:
+            find_subject(text.text, text.subject)
+
+    def intervene(batch: Batch, donor: Batch) -> list[Hook]:
+        where = batch.tokens.mask if positions == "all" else batch.last if positions == "last" else batch.subject
+        source = donor.read(list(points.values()), stop=max(points) + 1)
+        return [substituting(point, where, source[point]) for point in points.values()]
+
+    return outcomes(model, recipients, donors, intervene if points else None)
+
+
+def sweep_windows(
+    model: TransformerBridge,
+    recipients: Sequence[Text],
+    donors: Sequence[Text],
+    kind: Kind,
+    window: int,
+    positions: Positions = "last",
+) -> pd.DataFrame:
+    """`substitute` for every window of layers: a row per text and window, texts in order within a window.
+
+    Columns ``case``, ``task``, ``layer`` (the window's first), ``kind``, ``p`` (of the right object).
+
+    Args, errors: as of `substitute`; ``window``, in layers, must be within 1 and their number (6 in the paper).
+    """
+    check_model(model)
+    check_window(model, window)
+    parts = []
+    for first in range(model.cfg.n_layers - window + 1):
+        p = substitute(model, recipients, donors, kind, range(first, first + window), positions)
+        rows = {"case": [t.case for t in recipients], "task": [t.task for t in recipients]}
+        parts.append(pd.DataFrame({**rows, "layer": first, "kind": kind, "p": p.numpy()}))
+    return pd.concat(parts, ignore_index=True)

@@ -1,0 +1,1 @@
+"""Ways to edit side by side: settings, trade-offs, equal efficacy, wordings."""

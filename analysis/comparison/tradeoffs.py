@@ -1,0 +1,208 @@
+"""Ways to edit on the axes of SADR's trade-off: rules for heads, wordings of the question, alternatives to attention.
+
+Every line of a study starts at the same point, the editor as it is, and turns one knob.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.comparison.arms import Outcome
+from analysis.comparison.equal_efficacy import efficacy
+from analysis.drift.heads import Placebo
+from analysis.methods import NONE
+from analysis.scoring.scores import Scores
+from attn_drift.editors.rome import ROMEConfig
+from attn_drift.restrictions.base import Restriction
+from attn_drift.restrictions.head_rules import AllHeads, HeadRule, LayerMax, Margin, TopK
+from attn_drift.restrictions.hidden_state import HiddenState
+from attn_drift.restrictions.sadr import SADR
+
+RULES, WORDINGS, ALTERNATIVES = "rules", "wordings", "alternatives"
+LAYER_MAX = "layer_max"
+
+# Weights of SADR in units of the preset: of the paper's rule, of other rules and wordings, of random heads.
+GAMMAS = (0.1, 1.0, 10.0)
+FEWER_GAMMAS = (0.1, 1.0)
+RANDOM_GAMMAS = (1.0, 10.0)
+# Weights of the hidden-state penalty, and other knobs in units of the preset.
+WEIGHTS = (0.1, 1.0)
+KL_FACTORS = (1000.0,)
+STEPS = (1 / 3, 1 / 6)
+CLAMPS = (5 / 8, 1 / 2)
+PLACEBOS = (0, 1)
+MARGIN = 0.1
+TOP_K = 4
+
+TASKS = ("ES", "PS", "NS", "DNS", "RS")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to edit.
+
+    Attributes:
+        study, line, value: the study that it belongs to, the knob, and to what it is turned.
+        wordings: number of wordings of the question in the edit.
+        config, restrict: as `rome` takes them.
+    """
+
+    study: str
+    line: str
+    value: float
+    wordings: int
+    config: ROMEConfig
+    restrict: Restriction | None
+
+    @property
+    def arm(self) -> str:
+        """A name made from what makes the edits: points that share it share an arm."""
+        return hashlib.sha256(repr((self.wordings, self.config, self.restrict)).encode()).hexdigest()[:16]
+
+
+def points(config: ROMEConfig, gamma: float, most_wordings: int) -> list[Point]:
+    """All points of all studies, the editor as it is at the start of each line.
+
+    Args:
+        config: the editor's settings.
+        gamma: SADR's weight.
+        most_wordings: how many wordings of a question there are, the edit's own included.
+    """
+    return [*_rules(config, gamma), *_wordings(config, gamma, most_wordings), *_alternatives(config, gamma)]
+
+
+def _rules(config: ROMEConfig, gamma: float) -> Iterator[Point]:
+    rules: dict[str, tuple[HeadRule, tuple[float, ...]]] = {
+        LAYER_MAX: (LayerMax(), GAMMAS),
+        "all": (AllHeads(), FEWER_GAMMAS),
+        f"top {TOP_K}": (TopK(TOP_K), FEWER_GAMMAS),
+        f"margin {MARGIN:g}": (Margin(MARGIN), FEWER_GAMMAS),
+        **{f"random {seed + 1}": (Placebo(seed), RANDOM_GAMMAS) for seed in PLACEBOS},
+    }
+    for name, (rule, factors) in rules.items():
+        # At weight 0 the rule does not matter, and the paper's is what is recorded.
+        yield Point(RULES, name, 0.0, 1, config, SADR(gamma=0.0))
+        for factor in factors:
+            weight = _times(factor, gamma)
+            yield Point(RULES, name, weight, 1, config, SADR(gamma=weight, heads=rule))
+
+
+def _wordings(config: ROMEConfig, gamma: float, most: int) -> Iterator[Point]:
+    mean = replace(config, keys="mean")
+    lines = [("1 wording", 1, config), ("2 wordings", 2, config), ("2 wordings, mean key", 2, mean)]
+    lines += [("3 wordings", 3, config)]
+    for name, wordings, settings in lines:
+        if wordings <= most:
+            for weight in (0.0, *(_times(factor, gamma) for factor in FEWER_GAMMAS)):
+                yield Point(WORDINGS, name, weight, wordings, settings, SADR(gamma=weight))
+
+
+def _alternatives(config: ROMEConfig, gamma: float) -> Iterator[Point]:
+    nothing = SADR(gamma=0.0)
+    for factor in (0.0, *GAMMAS):
+        weight = _times(factor, gamma)
+        yield Point(ALTERNATIVES, "SADR, gamma", weight, 1, config, SADR(gamma=weight))
+    yield Point(ALTERNATIVES, "hidden state, weight", 0.0, 1, config, nothing)
+    for weight in WEIGHTS:
+        yield Point(ALTERNATIVES, "hidden state, weight", weight, 1, config, HiddenState(weight=weight))
+    for knob, factors in {"kl_factor": KL_FACTORS, "steps": STEPS, "clamp": CLAMPS}.items():
+        own = getattr(config, knob)
+        for factor in (1.0, *factors):
+            value = max(1, round(own * factor)) if knob == "steps" else _times(factor, own)
+            changed: dict[str, Any] = {knob: value}
+            yield Point(ALTERNATIVES, knob, float(value), 1, replace(config, **changed), nothing)
+
+
+def _times(factor: float, own: float) -> float:
+    """Rounded to be read, but for the setting itself."""
+    return own if factor == 1 else float(f"{factor * own:.3g}")
+
+
+Found = Sequence[tuple[Point, Outcome]]
+
+
+def rows(found: Found, unedited: Outcome) -> pd.DataFrame:
+    """A row per point: ``study``, ``line``, ``value``, ``gamma``, ``wordings``, and the columns of `row`.
+
+    The first row is the unedited model's, whose study and line are ``none``.
+    """
+    first = {"study": NONE, "line": NONE, "value": 0.0, "gamma": 0.0, "wordings": 0, **row(unedited)}
+    others = [
+        {
+            "study": point.study,
+            "line": point.line,
+            "value": point.value,
+            "gamma": getattr(point.restrict, "gamma", 0.0),
+            "wordings": point.wordings,
+            **row(outcome),
+        }
+        for point, outcome in found
+    ]
+    return pd.DataFrame([first, *others])
+
+
+def row(outcome: Outcome) -> dict[str, Any]:
+    """Of an arm: means and intervals of the scores, ``efficacy``, ``max_head``; of the heads selected at the end
+    ``n_heads`` per edit and their ``jaccard`` over pairs of edits beside ``chance``; and the probability of the new
+    object on paraphrases, ``p_prefixed`` (the edit's own prompt behind other words) and ``p_reworded`` (the others).
+    """
+    scores = outcome.scores
+    result: dict[str, Any] = {}
+    for task in TASKS:
+        if task in scores.tasks:
+            interval = scores.interval(task)
+            result |= {task: interval.mean, f"{task}_low": interval.low, f"{task}_high": interval.high}
+    together = outcome.overlap or dict.fromkeys(("size", "jaccard", "chance"), np.nan)
+    return {
+        **result,
+        "efficacy": efficacy(scores),
+        "max_head": outcome.max_head,
+        "n_heads": together["size"],
+        "jaccard": together["jaccard"],
+        "chance": together["chance"],
+        **_paraphrases(scores.frame),
+    }
+
+
+def _paraphrases(frame: pd.DataFrame) -> dict[str, float]:
+    question = frame[frame["task"] == "ES"].set_index("case")["text"]
+    asked = frame[frame["task"] == "PS"]
+    pairs = zip(asked["text"], asked["case"].map(question), strict=True)
+    prefixed = np.array([text.endswith(own) for text, own in pairs], dtype=bool)
+    p = asked["p_right"]
+    return {"p_prefixed": float(p[prefixed].mean()), "p_reworded": float(p[~prefixed].mean())}
+
+
+def heads(found: Found, unedited: Outcome) -> pd.DataFrame:
+    """Per point and head: ``study``, ``line``, ``value``, ``layer``, ``head``, ``selected``, ``drift`` on DNS texts."""
+    before = unedited.heads["attention"]
+    parts = []
+    for point, outcome in found:
+        own = outcome.heads[["layer", "head", "selected"]].assign(drift=outcome.heads["attention"] - before)
+        parts.append(own.assign(study=point.study, line=point.line, value=point.value))
+    return pd.concat(parts, ignore_index=True)
+
+
+def steps(found: Found) -> pd.DataFrame:
+    """`share_by_step` of the paper's rule, with a column ``gamma``."""
+    parts = [
+        outcome.steps.assign(gamma=point.value)
+        for point, outcome in found
+        if (point.study, point.line) == (RULES, LAYER_MAX) and outcome.steps is not None
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+Lines = dict[tuple[str, str], list[tuple[float, Scores]]]
+
+
+def lines(found: Found, gamma: float) -> tuple[Lines, Scores]:
+    """The scores along each line, and those of the paper's rule at ``gamma``, as `at_equal_efficacy` takes them."""
+    by_line: Lines = {}
+    for point, outcome in found:
+        by_line.setdefault((point.study, point.line), []).append((point.value, outcome.scores))
+    return by_line, dict(by_line[RULES, LAYER_MAX])[gamma]

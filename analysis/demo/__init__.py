@@ -1,0 +1,1 @@
+"""The demonstration: edits of the demo model, their scores, and the page that shows them."""

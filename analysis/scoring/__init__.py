@@ -1,0 +1,1 @@
+"""Scores of an edit: what the model answers, how likely, and how fluently."""

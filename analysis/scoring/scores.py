@@ -1,0 +1,251 @@
+"""The table of scores: one row per text, with means, intervals and paired differences over cases."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.statistics import (
+    Difference,
+    Interval,
+    bootstrap,
+    harmonic_mean,
+    pooled_half_width,
+    resampled_means,
+    sign_flip_p,
+)
+from attn_drift.data.cases import TASKS, Task
+
+# What is measured on the texts of a task: columns of `Scores.frame`.
+MEASURES = ("success", "argmax", "generated", "p_right", "p_wrong")
+
+# Scores of the model's prose, in the column ``value`` (analysis.scoring.fluency).
+PROSE = ("FL", "CS", "PPL")
+
+# Whose harmonic mean is S.
+SUMMARISED: tuple[Task, ...] = ("ES", "PS", "NS", "RS", "DNS")
+
+DTYPES = {
+    "case": "str",
+    "task": "str",
+    "text": "str",
+    "right": "str",
+    "wrong": "str",
+    "logp_right": "float64",
+    "logp_wrong": "float64",
+    "p_right": "float64",
+    "p_wrong": "float64",
+    "success": "boolean",
+    "argmax": "boolean",
+    "generated": "boolean",
+    "continuation": "str",
+    "value": "float64",
+    "weight": "float64",
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores:
+    """One row per text.
+
+    Columns of ``frame``: ``case``, ``task``, ``text``, ``right``, ``wrong``; ``logp_right``, ``logp_wrong`` (mean
+    log-probability per token), ``p_right``, ``p_wrong`` (probability of the whole object), ``success`` (right above
+    wrong), ``argmax`` (every token of the right object is the model's first choice, the right ones before it given),
+    ``continuation`` (what the model says, greedily), ``generated`` (that begins with the right object or an alias, up
+    to case and white space, and ends there at a word's end). Missing where there is nothing to measure: no wrong
+    object, or no free answer expected.
+
+    Rows of the tasks FL, CS and PPL have a ``value`` instead, and PPL's the number of predicted tokens as ``weight``,
+    which is 1 elsewhere.
+    """
+
+    frame: pd.DataFrame
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "Scores":
+        """The table of rows that may lack columns."""
+        frame = pd.DataFrame(list(rows)).reindex(columns=list(DTYPES))
+        frame["weight"] = frame["weight"].astype("float64").fillna(1.0)
+        return cls(frame.astype(DTYPES))
+
+    def __repr__(self) -> str:
+        return f"Scores({self.frame['case'].nunique()} cases, {len(self.frame)} texts)"
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that were scored, in their usual order."""
+        present = set(self.frame["task"])
+        return [task for task in (*TASKS, *PROSE) if task in present]
+
+    def measured(self, task: str, column: str | None = None) -> pd.DataFrame:
+        """The texts of a task on which a column was measured: columns ``case``, ``value`` (as a float), ``weight``.
+
+        Args:
+            task: one of `tasks`.
+            column: of `frame`; ``success``, or ``value`` for FL, CS and PPL, when None.
+
+        Raises:
+            KeyError: there are none.
+        """
+        column = column or _main(task)
+        texts = self.frame[(self.frame["task"] == task) & self.frame[column].notna()]
+        if texts.empty:
+            raise KeyError(f"no {column!r} was measured on a text of {task!r}; there are the tasks {self.tasks}")
+        values = texts[column].to_numpy(dtype=np.float64)
+        weights = texts["weight"].to_numpy() if "weight" in texts else np.ones(len(texts))
+        return pd.DataFrame({"case": texts["case"].to_numpy(), "value": values, "weight": weights})
+
+    def per_case(self, task: str, column: str | None = None) -> pd.DataFrame:
+        """Weighted sums of each case, index ``case``, columns ``total`` and ``count``: means are ratios of their sums.
+
+        Raises:
+            KeyError: nothing of that task was measured so.
+        """
+        column = column or _main(task)
+        totals, counts = self._sums
+        if task in self.tasks:
+            sums = pd.DataFrame({"total": totals.loc[task, column], "count": counts.loc[task, column]})
+            sums = sums[sums["count"] > 0]
+            if len(sums):
+                return sums
+        raise KeyError(f"no {column!r} was measured on a text of {task!r}; there are the tasks {self.tasks}")
+
+    @cached_property
+    def _sums(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Weighted sums, and sums of weights, of every column of numbers: index ``task``, ``case``."""
+        columns = [name for name, dtype in DTYPES.items() if dtype != "str" and name in self.frame]
+        values = self.frame[columns].astype("float64")
+        weights = self.frame["weight"] if "weight" in self.frame else pd.Series(1.0, self.frame.index)
+        groups = [self.frame["task"], self.frame["case"]]
+        totals = values.mul(weights, axis=0).groupby(groups, sort=False).sum()
+        return totals, values.notna().mul(weights, axis=0).groupby(groups, sort=False).sum()
+
+    def interval(self, task: str, column: str | None = None, seed: int = 0) -> Interval:
+        """Mean of a column over the texts of a task, with its intervals; for PPL the exponential of the mean.
+
+        Raises:
+            KeyError: no text of that task was measured so.
+        """
+        texts, sums = self.measured(task, column), self.per_case(task, column)
+        mean = float(np.average(texts["value"], weights=texts["weight"]))
+        low, high = bootstrap(sums["total"].to_numpy(), sums["count"].to_numpy(), seed)
+        if task == "PPL":
+            with np.errstate(over="ignore"):
+                mean, low, high = np.exp((mean, low, high)).tolist()
+            return Interval(mean, low, high, None, len(sums), len(texts))
+        return Interval(mean, low, high, pooled_half_width(texts["value"].to_numpy()), len(sums), len(texts))
+
+    def overall(self, seed: int = 0) -> Interval:
+        """S, the harmonic mean of ES, PS, NS, RS and DNS, with a bootstrap over cases.
+
+        Raises:
+            KeyError: one of them was not measured.
+        """
+        sums = [self.per_case(task) for task in SUMMARISED]
+        totals = pd.concat([s["total"] for s in sums], axis=1).fillna(0.0).to_numpy()
+        counts = pd.concat([s["count"] for s in sums], axis=1).fillna(0.0).to_numpy()
+        mean = harmonic_mean((totals.sum(0) / counts.sum(0))[None])[0]
+        low, high = bootstrap(totals, counts, seed, harmonic_mean)
+        return Interval(float(mean), low, high, None, len(totals), int(counts.sum()))
+
+    def difference(self, other: "Scores", task: str, column: str | None = None, seed: int = 0) -> Difference:
+        """This minus another, paired by case, on the cases that both have; of PPL the difference of mean losses.
+
+        Raises:
+            KeyError: there is no case on which both were measured.
+        """
+        column = column or _main(task)
+        return self.differences(other, [(task, column)], seed)[task, column]
+
+    def differences(
+        self, other: "Scores", measures: Sequence[tuple[str, str]], seed: int = 0
+    ) -> dict[tuple[str, str], Difference]:
+        """`difference` for several pairs of a task and a column, from the same draws of cases.
+
+        Raises:
+            KeyError: there is no case on which both were measured.
+        """
+        mine, theirs = self._table(measures), other._table(measures)
+        both = mine.index.intersection(theirs.index, sort=False)
+        mine, theirs = mine.loc[both], theirs.loc[both]
+        # Only where both were measured.
+        here = np.asarray((mine["count"] > 0) & (theirs["count"] > 0))
+        measured = np.asarray(here.any(axis=0))
+        if not measured.all():
+            lacking = [pair for pair, found in zip(measures, measured, strict=True) if not found]
+            raise KeyError(
+                f"no case has texts of the task {lacking[0][0]!r} in both scores, measured by {lacking[0][1]!r}"
+            )
+        totals = np.concatenate([np.where(here, t["total"], 0.0) for t in (mine, theirs)], axis=1)
+        counts = np.concatenate([np.where(here, t["count"], 0.0) for t in (mine, theirs)], axis=1)
+        m = len(measures)
+        means = totals.sum(0) / counts.sum(0)
+        drawn = resampled_means(totals, counts, seed)
+        low, high = np.nanquantile(drawn[:, :m] - drawn[:, m:], (0.025, 0.975), axis=0)
+        shares = totals / counts.sum(0)
+        p = sign_flip_p(shares[:, :m] - shares[:, m:])
+        return {
+            pair: Difference(
+                float(means[i] - means[m + i]), float(low[i]), float(high[i]), float(p[i]), int(here[:, i].sum())
+            )
+            for i, pair in enumerate(measures)
+        }
+
+    def shares(self, other: "Scores", task: str, column: str) -> bool:
+        """Whether there is a case on which both were measured."""
+        try:
+            mine, theirs = self.per_case(task, column), other.per_case(task, column)
+        except KeyError:
+            return False
+        return not mine.index.intersection(theirs.index).empty
+
+    def _table(self, measures: Sequence[tuple[str, str]]) -> pd.DataFrame:
+        """`per_case` of several measures: columns (``total`` or ``count``, place), 0 where a case was not measured."""
+        sums = {place: self.per_case(task, column) for place, (task, column) in enumerate(measures)}
+        wide = pd.concat(sums, axis=1).swaplevel(axis=1).fillna(0.0)
+        return wide.sort_index(axis=1)
+
+    def summary(self) -> pd.DataFrame:
+        """Per task the mean and intervals of ``success`` (``value`` for FL, CS, PPL), and the other measures' means."""
+        rows: list[dict[str, Any]] = []
+        for task in self.tasks:
+            texts = self.frame[self.frame["task"] == task]
+            main = texts["value" if task in PROSE else "success"]
+            interval = vars(self.interval(task)) if main.notna().any() else {}
+            names = () if task in PROSE else [name for name in MEASURES[1:] if name in texts]
+            others = {name: texts[name].astype("float64").mean() for name in names}
+            rows.append({"task": task, **interval, **others})
+        columns = ["mean", "low", "high", "half_width", *MEASURES[1:], "n", "n_texts"]
+        return pd.DataFrame(rows, columns=["task", *columns]).set_index("task")
+
+
+def _main(task: str) -> str:
+    """The column by which a task is scored."""
+    return "value" if task in PROSE else "success"
+
+
+def results_row(editor: str, gamma: float, steps: int, scores: Scores) -> dict[str, Any]:
+    """A row of a results file: the editor, and the intervals of all that was measured, as fractions.
+
+    ``ES`` (and every other task) is the pairwise score; ``ES_argmax``, ``ES_generated``, ``ES_p_right``,
+    ``ES_p_wrong`` are its other measures; ``S``, ``FL``, ``CS`` and ``PPL`` are there where the cases offer them.
+    """
+    row: dict[str, Any] = {"editor": editor, "gamma": gamma, "steps": steps}
+    for task in scores.tasks:
+        for measure in ("value",) if task in PROSE else MEASURES:
+            name = task if measure in ("value", "success") else f"{task}_{measure}"
+            with suppress(KeyError):
+                row[name] = _cell(scores.interval(task, measure))
+    with suppress(KeyError):
+        row["S"] = _cell(scores.overall())
+    return row
+
+
+def _cell(interval: Interval) -> dict[str, Any]:
+    """An interval as JSON takes it: what is not finite (an exploded perplexity) is missing."""
+    cell = {name: value for name, value in vars(interval).items() if name != "n_texts"}
+    return {name: value if value is None or np.isfinite(value) else None for name, value in cell.items()}

@@ -1,0 +1,1 @@
+"""Cases: what a case is, and the files that hold them."""

@@ -1,0 +1,1 @@
+"""Edits: low-rank updates that are applied, written, saved and exported."""

@@ -1,0 +1,320 @@
+"""An edit is a value: low-rank updates of down-projections, applied by hooks or written into weights."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.edits.files import EditFile, StoredEdit
+from attn_drift.edits.history import EditHistory
+from attn_drift.edits.low_rank import LowRankUpdate, WrittenModel, concatenated, identities, rewrite
+from attn_drift.model.changes import claimed
+from attn_drift.model.hooks import Hook, attached, in_effect, updating
+from attn_drift.model.loading import check_layer, down_projection, fingerprint
+from attn_drift.requests import EditRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit:
+    """A change of a model that can be applied, written, removed, added to others, saved and loaded.
+
+    Attributes:
+        updates: per layer a low-rank update.
+        requests: the facts that it changes.
+        fingerprint: of the model that it was made for.
+        model_name: of that model, for messages.
+        method: the editor and its settings, for the record.
+        histories: of the optimisation, one for each request; empty where they are not known.
+        parts: the edits that a sum was made of, none of them a sum; so that none counts twice.
+    """
+
+    updates: Mapping[int, LowRankUpdate]
+    requests: tuple[EditRequest, ...]
+    fingerprint: str
+    model_name: str
+    method: Mapping[str, object] = field(default_factory=dict)
+    histories: tuple[EditHistory, ...] = ()
+    parts: tuple["Edit", ...] = ()
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{request.question!r} -> {request.target_new!r}" for request in self.requests[:3])
+        more = f" and {len(self.requests) - 3} more" if len(self.requests) > 3 else ""
+        where = ", ".join(f"L{layer} rank {update.rank}" for layer, update in self.updates.items())
+        restrictions = [str(leaf.method["restrict"]) for leaf in self.leaves() if leaf.method.get("restrict")]
+        how = ", ".join([where, *dict.fromkeys(restrictions)])
+        doubt = f"; in doubt: {self.doubts[0]}" if self.doubts else ""
+        return f"Edit({self.method.get('editor', 'edit')} of {self.model_name}, {how}: {facts}{more}{doubt})"
+
+    @property
+    def history(self) -> EditHistory | None:
+        """Of the edit of one request; None for several."""
+        return self.histories[0] if len(self.histories) == 1 else None
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against the edit: an update of zero, a loss that rose, a target that is not the first choice."""
+        found = [] if any(update.values.any() for update in self.updates.values()) else ["the update is zero"]
+        for request, history in zip(self.requests, self.histories, strict=False):
+            found += [f"{request.question!r} -> {request.target_new!r}: {doubt}" for doubt in history.doubts]
+        return tuple(found)
+
+    def check_fits(self, model: TransformerBridge) -> None:
+        """Raises a ValueError when a layer or a shape is not the model's, or the update is not finite."""
+        for layer, update in self.updates.items():
+            check_layer(model, layer)
+            if not (torch.isfinite(update.keys).all() and torch.isfinite(update.values).all()):
+                raise ValueError(f"the edit's update of layer {layer} is not finite")
+            expected = tuple(down_projection(model, layer).shape)
+            given = (update.keys.shape[1], update.values.shape[1])
+            if given != expected:
+                raise ValueError(
+                    f"the edit was made for {self.model_name}: its update of layer {layer} has [d_mlp d_model] = "
+                    f"{list(given)}, but {model.cfg.model_name} has {list(expected)}"
+                )
+
+    @contextmanager
+    def applied(self, model: TransformerBridge) -> Iterator[None]:
+        """Applies the edit to everything that the model runs in the block, by hooks: no weight is touched.
+
+        No other thread may use the model through this package meanwhile.
+
+        Raises:
+            ValueError: the edit does not fit the model, or is in effect already, so that it would count twice.
+            RuntimeError: another thread is using the model; or, on exit, something in the block, such as
+                ``model.reset_hooks()``, has taken the edit off.
+        """
+        with claimed(model, "an edit in effect"):
+            self.check_fits(model)
+            self.check_not_in_effect(model)
+            self.warn_of_another_model(model, identities(model))
+            hooks: list[Hook] = []
+            for layer, update in self.updates.items():
+                here = update.to(down_projection(model, layer).device)
+                hooks += updating(layer, here.keys, here.values)
+            with attached(model, hooks, self.leaves()):
+                yield
+
+    def write_to(self, model: TransformerBridge) -> None:
+        """Adds the edit to the model's weights, in place; `remove_from` is the exact inverse.
+
+        All layers are written or, where that fails or is interrupted, none.
+
+        Raises:
+            ValueError: the edit does not fit the model, is in effect already, or would take a weight beyond its dtype.
+            RuntimeError: something else changed a weight since another edit was written into it, or another thread is
+                using the model.
+        """
+        with claimed(model, "an edit being written"):
+            self.check_fits(model)
+            self.check_not_in_effect(model)
+            known, there = identities(model), WrittenModel.of(model)
+            self.warn_of_another_model(model, known)
+            there.check_untouched(model, self.updates)
+            rewrite(model, there.with_edit(model, known, self, self.updates), self.updates)
+
+    def remove_from(self, model: TransformerBridge) -> None:
+        """Takes a written edit out of the weights; others stay, in whatever order they were written.
+
+        The kept original weight is restored bit for bit, then the edits that remain are added to it: in all layers or,
+        where that fails or is interrupted, in none.
+
+        Raises:
+            ValueError: the edit is not written in this model, or what remains would take a weight beyond its dtype.
+            RuntimeError: something else changed the weight since, so that restoring would lose that change, or another
+                thread is using the model.
+        """
+        with claimed(model, "an edit being removed"):
+            there = WrittenModel.of(model)
+            if not all(layer in there.layers and self in there.layers[layer].updates for layer in self.updates):
+                raise ValueError(
+                    "this edit is not written in this model: write_to was not called with it or was interrupted, it "
+                    "was removed before, the model is a copy of the one it was written to, or a sum was written of "
+                    "which it is a part; then remove the sum, and write sum.without(part)"
+                )
+            there.check_untouched(model, self.updates)
+            rewrite(model, there.without_edit(self), self.updates)
+
+    def leaves(self) -> tuple["Edit", ...]:
+        """The edits that this one is made of: its parts, or itself."""
+        return self.parts or (self,)
+
+    def check_not_in_effect(self, model: TransformerBridge) -> None:
+        """Raises a ValueError when the edit, or one that it shares a part with, is written in the model or applied."""
+        leaves = set(self.leaves())
+        if leaves & written_in(model):
+            raise ValueError("this edit is already written in the model; remove_from(model) takes it out")
+        if leaves & in_effect(model):
+            raise ValueError(
+                f"{self!r} is already applied, itself or a part of it, so that it would count twice; leave the block "
+                "that applies it first"
+            )
+
+    def warn_of_another_model(self, model: TransformerBridge, known: Set[str]) -> None:
+        """Logs a warning when the edit was made for other weights than the model's, whose `identities` are known."""
+        if self.fingerprint not in known:
+            log.warning(
+                "%r was made for other weights (%s) than those of %s (%s)",
+                self,
+                self.fingerprint[:8],
+                model.cfg.model_name,
+                fingerprint(model)[:8],
+            )
+
+    def __add__(self, other: "Edit") -> "Edit":
+        """Both edits as one; of many, `compose` is quicker."""
+        return compose([self, other])
+
+    def without(self, part: "Edit") -> "Edit":
+        """A sum less one of its parts: what `compose` gives of those that remain.
+
+        Args:
+            part: one of ``parts``, or a sum of some of them.
+
+        Raises:
+            ValueError: the edit is not one of the parts, or nothing would remain.
+        """
+        leaving = set(part.leaves())
+        if foreign := leaving.difference(self.leaves()):
+            raise ValueError(
+                f"{next(iter(foreign))!r} is not a part of {self!r}; give one of its parts (those of a loaded edit are "
+                "new ones, in `parts`)"
+            )
+        remaining = [leaf for leaf in self.leaves() if leaf not in leaving]
+        if not remaining:
+            raise ValueError(f"nothing would remain of {self!r}; the model without any edit needs none")
+        return compose(remaining)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the edit as one safetensors file with a JSON record in its header; of a sum, all of its parts."""
+        stored = [StoredEdit(leaf.updates, leaf.requests, leaf.method, leaf.histories) for leaf in self.leaves()]
+        EditFile(self.fingerprint, self.model_name, stored).write(Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, model: TransformerBridge) -> "Edit":
+        """Reads an edit for the model that it was made for.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, was changed, is no edit, or belongs to another model.
+        """
+        path = Path(path)
+        file = EditFile.read(path)
+        if file.fingerprint not in identities(model):
+            raise ValueError(
+                f"{path} was made for {file.model_name} with the weights {file.fingerprint[:8]}, but the weights of "
+                f"{model.cfg.model_name} are {fingerprint(model)[:8]}; load it into the model that it was made for, "
+                "in the same dtype and without changed weights"
+            )
+        edits = [
+            cls(stored.updates, stored.requests, file.fingerprint, file.model_name, stored.method, stored.histories)
+            for stored in file.edits
+        ]
+        try:
+            for edit in edits:
+                edit.check_fits(model)
+        except ValueError as error:
+            raise ValueError(f"{path} is a damaged edit: {error}") from error
+        return compose(edits)
+
+
+def compose(edits: Edit | Sequence[Edit]) -> Edit:
+    """All edits as one, from which `Edit.without` takes each out again.
+
+    Args:
+        edits: one or more; a sum among them counts as its parts.
+
+    Raises:
+        ValueError: there are none, two were made for different models, or one is there twice.
+    """
+    edits = [edits] if isinstance(edits, Edit) else edits
+    leaves = tuple(leaf for edit in edits for leaf in edit.leaves())
+    _check_composable(leaves)
+    if len(edits) == 1:
+        return edits[0]
+    layers = sorted({layer for edit in edits for layer in edit.updates})
+    known = all(len(edit.histories) == len(edit.requests) for edit in edits)
+    return Edit(
+        updates={
+            layer: concatenated([edit.updates[layer] for edit in edits if layer in edit.updates]) for layer in layers
+        },
+        requests=tuple(request for edit in edits for request in edit.requests),
+        fingerprint=leaves[0].fingerprint,
+        model_name=leaves[0].model_name,
+        method={"editor": "sum", "of": [dict(leaf.method) for leaf in leaves]},
+        histories=tuple(history for edit in edits for history in edit.histories) if known else (),
+        parts=leaves,
+    )
+
+
+def _check_composable(leaves: Sequence[Edit]) -> None:
+    if not leaves:
+        raise ValueError("there are no edits to compose; give one or more")
+    first, counts = leaves[0], Counter(leaves)
+    for leaf, times in counts.items():
+        if times > 1:
+            raise ValueError(f"{leaf!r} would count twice: it is there more than once, itself or as a part of a sum")
+        if leaf.fingerprint != first.fingerprint:
+            raise ValueError(
+                f"edits of different weights cannot be added: one was made for {first.model_name} "
+                f"({first.fingerprint[:8]}), another for {leaf.model_name} ({leaf.fingerprint[:8]}): another model, "
+                "another dtype, or one was made while an edit was written in the weights"
+            )
+
+
+def written_in(model: TransformerBridge) -> set[Edit]:
+    """The edits that are written in the model's weights, of sums their parts."""
+    layers = WrittenModel.of(model).layers.values()
+    return {leaf for layer in layers for edit in layer.updates for leaf in edit.leaves()}
+
+
+@contextmanager
+def applied_to_rows(model: TransformerBridge, edits: Edit | Sequence[Edit | None]) -> Iterator[None]:
+    """Applies to each text of a batch an edit of its own (None: unedited), by hooks; one edit is for every text.
+
+    Every batch run in the block must have as many texts as there are edits.
+
+    Raises:
+        ValueError: as of `check_rows`.
+        RuntimeError: as of `Edit.applied`.
+    """
+    with claimed(model, "edits in effect"):
+        if isinstance(edits, Edit):
+            with edits.applied(model):
+                yield
+        else:
+            check_rows(model, edits)
+            with attached_to_rows(model, edits):
+                yield
+
+
+def check_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> None:
+    """Raises a ValueError if an edit does not fit the model, or is in effect already and would count twice."""
+    known = identities(model)
+    for edit in {edit for edit in edits if edit is not None}:
+        edit.check_fits(model)
+        edit.check_not_in_effect(model)
+        edit.warn_of_another_model(model, known)
+
+
+def attached_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> AbstractContextManager[None]:
+    """`applied_to_rows` for edits that were checked, so that many runs need not check them again."""
+    given = list(dict.fromkeys(edit for edit in edits if edit is not None))
+    hooks: list[Hook] = []
+    for layer in sorted({layer for edit in given for layer in edit.updates}):
+        present = [edit for edit in given if layer in edit.updates]
+        device = down_projection(model, layer).device
+        update = concatenated([edit.updates[layer].to(device) for edit in present])
+        ranks = torch.tensor([edit.updates[layer].rank for edit in present])
+        # Of each rank, and of each text, the edit; -1 where a text has none of these.
+        place = {edit: i for i, edit in enumerate(present)}
+        of_rank = torch.arange(len(present)).repeat_interleave(ranks)
+        of_text = torch.tensor([-1 if edit is None else place.get(edit, -1) for edit in edits])
+        hooks += updating(layer, update.keys, update.values, (of_text[:, None] == of_rank).to(device))
+    return attached(model, hooks, [leaf for edit in given for leaf in edit.leaves()])

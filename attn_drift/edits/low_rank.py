@@ -1,0 +1,223 @@
+"""Low-rank updates of down-projections, written into weights and taken out again, bit for bit."""
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.model.changes import Change, block
+from attn_drift.model.loading import down_projection, fingerprint
+
+Weights = Mapping[int, Float[Tensor, "d_mlp d_model"]]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRankUpdate:
+    """A change of one down-projection: its output gains ``(k @ keys.T) @ values``.
+
+    Attributes:
+        keys: directions in key space.
+        values: what each adds to the MLP's output.
+        served: the keys that an edit was to map, which later edits may spare; None where an editor does not tell.
+    """
+
+    keys: Float[Tensor, "rank d_mlp"]
+    values: Float[Tensor, "rank d_model"]
+    served: Float[Tensor, "n d_mlp"] | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.keys)
+
+    def __repr__(self) -> str:
+        return f"LowRankUpdate(rank {self.rank}, {self.keys.shape[1]} -> {self.values.shape[1]})"
+
+    def to(self, device: torch.device) -> "LowRankUpdate":
+        """What is added, on a device; the keys that are served stay where they are."""
+        return LowRankUpdate(self.keys.to(device), self.values.to(device), self.served)
+
+    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The change of the weight ``W``, where ``v = k @ W``."""
+        return self.keys.T @ self.values
+
+    def norm(self) -> Float[Tensor, ""]:
+        """Frobenius norm of `delta`, in float64, without making it."""
+        keys, values = self.keys.double(), self.values.double()
+        return ((keys @ keys.T) * (values @ values.T)).sum().clamp(min=0).sqrt()
+
+    def added_to(self, weight: Float[Tensor, "d_mlp d_model"]) -> Float[Tensor, "d_mlp d_model"]:
+        """The weight with the update, summed in the wider of both dtypes; the given one is left as it is."""
+        delta = self.delta().to(weight.device)
+        dtype = torch.promote_types(weight.dtype, delta.dtype)
+        return (weight.to(dtype) + delta).to(weight.dtype)
+
+
+def concatenated(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    """The updates of one layer as one, of the sum of their ranks."""
+    served = [update.served for update in updates if update.served is not None]
+    return LowRankUpdate(
+        torch.cat([update.keys for update in updates]),
+        torch.cat([update.values for update in updates]),
+        torch.cat(served) if len(served) == len(updates) else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SeenUpdate:
+    """A low-rank update of one layer, and which of its ranks are in effect for each request."""
+
+    keys: Float[Tensor, "rank d_mlp"]
+    values: Float[Tensor, "rank d_model"]
+    seen: Bool[Tensor, "request rank"]
+
+    def of(self, requests: Int[Tensor, " own"]) -> "SeenUpdate":
+        """As some of the requests see it, in any order and number; ranks that none of them sees are left out."""
+        seen = self.seen[requests.to(self.seen.device)]
+        ranks = seen.any(0)
+        return SeenUpdate(self.keys[ranks], self.values[ranks], seen[:, ranks])
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenLayer:
+    """The weight of one layer as it was, and the updates written into it since, in order and safe from changes."""
+
+    original: Float[Tensor, "d_mlp d_model"]
+    updates: Mapping[Any, LowRankUpdate]
+
+    def weight(self, device: torch.device) -> Float[Tensor, "d_mlp d_model"]:
+        """The weight with the updates."""
+        weight = self.original.to(device)
+        for update in self.updates.values():
+            weight = update.added_to(weight)
+        return weight
+
+    def check_untouched(self, model: TransformerBridge, layer: int) -> None:
+        """Raises a RuntimeError when something else changed the weight."""
+        weight = down_projection(model, layer)
+        if weight.dtype != self.original.dtype:
+            raise RuntimeError(
+                f"the model was cast from {self.original.dtype} to {weight.dtype} since the edit was written; cast it "
+                "back before removing the edit"
+            )
+        if not torch.equal(weight, self.weight(weight.device)):
+            raise RuntimeError(
+                f"the down-projection of layer {layer} was changed by something else since the edit was written; "
+                "to go on would lose that change, so nothing was done"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenModel:
+    """What is written in a model.
+
+    Attributes:
+        fingerprints: of the model before each writing.
+        layers: per layer the updates; only layers that have some.
+    """
+
+    fingerprints: frozenset[str] = frozenset()
+    layers: Mapping[int, WrittenLayer] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: TransformerBridge) -> "WrittenModel":
+        """What is written in a model now."""
+        return _written.get(model, NOTHING_WRITTEN)
+
+    def check_untouched(self, model: TransformerBridge, layers: Iterable[int]) -> None:
+        """Raises a RuntimeError when something else changed the weight of one of some layers."""
+        for layer in layers:
+            if layer in self.layers:
+                self.layers[layer].check_untouched(model, layer)
+
+    def with_edit(
+        self, model: TransformerBridge, known: Set[str], edit: object, updates: Mapping[int, LowRankUpdate]
+    ) -> "WrittenModel":
+        """With one edit more, which is about to be written; ``known`` are the model's `identities`."""
+        layers = dict(self.layers)
+        for layer, update in updates.items():
+            before = layers.get(layer) or WrittenLayer(down_projection(model, layer).detach().clone(), {})
+            own = LowRankUpdate(update.keys.clone(), update.values.clone())
+            layers[layer] = WrittenLayer(before.original, {**before.updates, edit: own})
+        return WrittenModel(frozenset(known), layers)
+
+    def without_edit(self, edit: object) -> "WrittenModel":
+        """With one edit less."""
+        layers = {}
+        for layer, there in self.layers.items():
+            remaining = {other: update for other, update in there.updates.items() if other is not edit}
+            if remaining:
+                layers[layer] = WrittenLayer(there.original, remaining)
+        return WrittenModel(self.fingerprints, layers) if layers else NOTHING_WRITTEN
+
+
+NOTHING_WRITTEN = WrittenModel()
+_written: WeakKeyDictionary[TransformerBridge, WrittenModel] = WeakKeyDictionary()
+
+
+def rewrite(model: TransformerBridge, after: WrittenModel, layers: Iterable[int]) -> None:
+    """Writes the weights of some layers as a record has them, all or none, and keeps the record.
+
+    Raises:
+        ValueError: a weight would not be finite; nothing is written then.
+        RuntimeError: another thread is using the model.
+    """
+    before, weights, kept = WrittenModel.of(model), {}, {}
+    for layer in layers:
+        weight = down_projection(model, layer).detach()
+        # A layer that nothing is written in any more has its original weight again.
+        there = after.layers.get(layer) or WrittenLayer(before.layers[layer].original, {})
+        weights[layer] = there.weight(weight.device)
+        check_finite_sum(weights[layer], there.original, there.updates.values(), layer)
+        # Kept, since the memory to compute it may be what is lacking when it is needed.
+        kept[layer] = weight.clone() if layer in before.layers else there.original
+    with block(_Rewriting(model, after, weights, kept)):
+        pass
+
+
+class _Rewriting(Change):
+    """The writing of weights; undone unless it is complete."""
+
+    def __init__(self, model: TransformerBridge, after: WrittenModel, weights: Weights, before: Weights) -> None:
+        super().__init__(model, f"weights of the layers {sorted(weights)}, written in part")
+        self.after, self.weights, self.before = after, weights, before
+
+    def make(self) -> None:
+        self._copy(self.weights)
+        _written[self.model] = self.after
+
+    def undo(self) -> None:
+        if WrittenModel.of(self.model) is not self.after:
+            self._copy(self.before)
+
+    def _copy(self, weights: Weights) -> None:
+        with torch.no_grad():
+            for layer, weight in weights.items():
+                down_projection(self.model, layer).copy_(weight)
+
+
+def check_finite_sum(
+    total: Float[Tensor, "d_mlp d_model"],
+    weight: Float[Tensor, "d_mlp d_model"],
+    updates: Iterable[LowRankUpdate],
+    layer: int,
+) -> None:
+    """Raises a ValueError when the sum of a weight and updates is beyond its dtype, with what it would be."""
+    if torch.isfinite(total).all():
+        return
+    exact = weight.detach().cpu().double()
+    for update in updates:
+        exact += update.keys.cpu().double().T @ update.values.cpu().double()
+    raise ValueError(
+        f"the weight of layer {layer} with the edit would reach {exact.abs().max():.3g}, but {total.dtype} holds at "
+        f"most {torch.finfo(total.dtype).max:.3g}; load the model in a wider dtype, or apply the edit by hooks"
+    )
+
+
+def identities(model: TransformerBridge) -> set[str]:
+    """Fingerprints of the model: as it is, and as it was before each edit that was written into it."""
+    return {fingerprint(model), *WrittenModel.of(model).fingerprints}

@@ -1,0 +1,1 @@
+"""Running a frozen model again and again, within memory."""

@@ -1,0 +1,343 @@
+"""Every hook point in one place: reading activations, adding to values, applying low-rank updates.
+
+Nothing else in the project names a hook point or attaches a hook; how hooks come off again is in `attachments`.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules import module as torch_modules
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.model.attachments import Attachment, Observation
+from attn_drift.model.changes import block, claimed, open_claims, undo_leftovers
+from attn_drift.model.tokens import TokenBatch
+
+Hook = tuple[str, Callable[..., Tensor | None]]
+
+# What a model is made of: the hooks that these attach of themselves are part of it.
+LIBRARIES = {"accelerate", "transformer_lens", "transformers"}
+
+_points: WeakKeyDictionary[TransformerBridge, dict[str, Any]] = WeakKeyDictionary()
+
+
+def key_point(layer: int) -> str:
+    """Hook point of the keys ``k``, the input of the MLP's down-projection: ``[text pos d_mlp]``."""
+    return f"blocks.{layer}.mlp.out.hook_in"
+
+
+def value_point(layer: int) -> str:
+    """Hook point of the values ``v``, the output of the MLP's down-projection: ``[text pos d_model]``."""
+    return f"blocks.{layer}.mlp.out.hook_out"
+
+
+def pattern_point(layer: int) -> str:
+    """Hook point of the attention pattern ``A``: ``[text head query key]``. To be read, not written."""
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
+def head_value_point(layer: int) -> str:
+    """Hook point of the heads' value vectors: ``[text pos kv_head d_head]``."""
+    return f"blocks.{layer}.attn.hook_v"
+
+
+def head_output_point(layer: int) -> str:
+    """Hook point of ``z``, pattern @ values: ``[text pos head d_head]``. Where patterns are written."""
+    return f"blocks.{layer}.attn.hook_z"
+
+
+def stream_point(layer: int, kind: str) -> str:
+    """Hook point of what a layer leaves in or adds to the residual stream: ``[text pos d_model]``.
+
+    Args:
+        layer: the layer.
+        kind: ``"resid"`` (the stream after the layer), ``"attn_out"`` or ``"mlp_out"`` (what is added to it).
+
+    Raises:
+        ValueError: another kind.
+    """
+    names = {"resid": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
+    if kind not in names:
+        raise ValueError(f"the activation is {kind!r}; expected one of {list(names)}")
+    return f"blocks.{layer}.{names[kind]}"
+
+
+def layer_of(point: str) -> int:
+    """The layer that a hook point lies in."""
+    return int(point.split(".")[1])
+
+
+def embedding_point() -> str:
+    """Hook point of the token embeddings: ``[text pos d_model]``."""
+    return "embed.hook_out"
+
+
+def attached(
+    model: TransformerBridge, hooks: Sequence[Hook], sources: Sequence[object] = ()
+) -> AbstractContextManager[None]:
+    """A block with hooks attached; on exit, exceptions and interrupts included, these and no others are removed.
+
+    Args:
+        model: the model.
+        hooks: are attached in their order.
+        sources: what the hooks put into effect, such as edits: see `in_effect`.
+
+    Raises:
+        RuntimeError: another thread is using the model; or, on exit, something else has removed a hook meanwhile.
+    """
+    if model not in _points:
+        # Finding the points takes longer than a small layer.
+        _points[model] = dict(model.hook_dict)
+    points = _points[model]
+    return block(Attachment(model, [(points[name], hook) for name, hook in hooks], sources))
+
+
+def in_effect(model: TransformerBridge) -> set[Any]:
+    """What hooks put into effect: the sources of all that `attached` has attached now."""
+    attachments = [claim for claim in open_claims(model) if isinstance(claim, Attachment)]
+    return {source for attachment in attachments for source in attachment.sources}
+
+
+def outputs_observed(
+    model: TransformerBridge, observe: Callable[[Module, Any, Any], None]
+) -> AbstractContextManager[None]:
+    """A block in which a function is called with every module that ran, its inputs and its output.
+
+    It comes before hooks of others, which act on the output afterwards.
+
+    Raises:
+        RuntimeError: another thread is using the model.
+    """
+    return block(Observation(model, components(model), observe))
+
+
+def reading(points: Sequence[str], store: dict[str, Tensor]) -> list[Hook]:
+    """Hooks that put the activations at ``points`` into ``store`` on every run, gradients kept."""
+
+    def reader(point: str) -> Hook:
+        def read(activation: Tensor, hook: Any) -> None:
+            store[point] = activation
+
+        return point, read
+
+    return [reader(point) for point in points]
+
+
+def adding(point: str, columns: Int[Tensor, " text"], vectors: Callable[[], Float[Tensor, "text d_model"]]) -> Hook:
+    """A hook that adds one vector per text to the activations at ``point``, at one column per text.
+
+    ``vectors`` is called at every run, so that an optimiser may change what it returns.
+    """
+
+    def add(value: Tensor, hook: Any) -> Tensor:
+        changed = value.clone()
+        rows = torch.arange(len(columns), device=value.device)
+        changed[rows, columns.to(value.device)] += vectors().to(value)
+        return changed
+
+    return point, add
+
+
+def updating(
+    layer: int,
+    keys: Float[Tensor, "rank d_mlp"],
+    values: Float[Tensor, "rank d_model"],
+    owned: Bool[Tensor, "text rank"] | None = None,
+) -> list[Hook]:
+    """Hooks that make the down-projection of ``layer`` return ``v + (k @ keys.T) @ values``.
+
+    With ``owned``, each text of the batch is changed by its own ranks alone.
+    """
+    seen: list[Tensor] = []
+
+    def read(key: Tensor, hook: Any) -> None:
+        if owned is not None and len(key) != len(owned):
+            raise ValueError(f"the batch has {len(key)} texts, but updates were applied for {len(owned)}")
+        seen[:] = [key]
+
+    def write(value: Tensor, hook: Any) -> Tensor:
+        dtype = torch.promote_types(value.dtype, keys.dtype)
+        ks, vs = keys.to(value.device, dtype), values.to(value.device, dtype)
+        match = einsum(seen.pop().to(dtype), ks, "text pos d_mlp, rank d_mlp -> text pos rank")
+        if owned is not None:
+            match = match.masked_fill(~owned[:, None].to(match.device), 0)
+        change = einsum(match, vs, "text pos rank, rank d_model -> text pos d_model")
+        return (value + change).to(value.dtype)
+
+    return [(key_point(layer), read), (value_point(layer), write)]
+
+
+def substituting(point: str, where: Bool[Tensor, "text pos"], source: Float[Tensor, "text pos d_model"]) -> Hook:
+    """A hook that puts the activations of ``source`` in place of those at ``point``, at the marked positions."""
+
+    def write(activation: Tensor, hook: Any) -> Tensor:
+        mask, new = where.to(activation.device)[..., None], source.to(activation)
+        return torch.where(mask, new, activation)
+
+    return point, write
+
+
+def shifting(point: str, offsets: Float[Tensor, "text pos d_model"]) -> Hook:
+    """A hook that adds ``offsets`` to the activations at ``point``."""
+
+    def shift(activation: Tensor, hook: Any) -> Tensor:
+        return activation + offsets.to(activation)
+
+    return point, shift
+
+
+def attending(
+    layer: int, rows: Bool[Tensor, "text head query"], patterns: Float[Tensor, "text head query key"]
+) -> list[Hook]:
+    """Hooks that make heads of ``layer`` attend by given patterns, on the marked rows.
+
+    Written as ``z = pattern @ values``: a pattern written at its own hook point is ignored by GPT-J, GPT-Neo and OPT.
+    """
+    values: list[Tensor] = []
+
+    def read(value: Tensor, hook: Any) -> None:
+        values[:] = [value]
+
+    def write(z: Tensor, hook: Any) -> Tensor:
+        new = attended(patterns.to(z), values.pop())
+        return torch.where(rearrange(rows, "text head query -> text query head 1").to(z.device), new, z)
+
+    return [(head_value_point(layer), read), (head_output_point(layer), write)]
+
+
+def gathering(columns: Int[Tensor, "text read"]) -> Hook:
+    """A hook that leaves the unembedding only some columns of each text."""
+    rows = torch.arange(len(columns))[:, None]
+
+    def gather(stream: Tensor, hook: Any) -> Tensor:
+        return stream[rows.to(stream.device), columns.to(stream.device)]
+
+    return "unembed.hook_in", gather
+
+
+def attended(
+    patterns: Float[Tensor, "text head query key"], values: Float[Tensor, "text key kv_head d_head"]
+) -> Float[Tensor, "text query head d_head"]:
+    """``pattern @ values``, the values shared by groups of heads where there are fewer of them."""
+    shared = repeat(values, "b k h d -> b k (h g) d", g=patterns.shape[1] // values.shape[2])
+    return einsum(patterns, shared, "b h q k, b k h d -> b q h d")
+
+
+def run(model: TransformerBridge, batch: TokenBatch, **options: Any) -> Float[Tensor, "text pos vocab"]:
+    """Runs the model on a padded batch, mask included, and returns its logits.
+
+    Raises:
+        FloatingPointError: the logits at a real token are NaN or infinite.
+        RuntimeError: another thread is using the model.
+    """
+    with claimed(model, "a run"):
+        logits: Tensor = model(batch.ids, attention_mask=_visible(model, batch), return_type="logits", **options)
+    check_logits(model, logits, batch.mask, [row.text for row in batch.rows])
+    return logits
+
+
+def _visible(model: TransformerBridge, batch: TokenBatch) -> Int[Tensor, "text pos"]:
+    """The attention mask: what stands before a text is hidden; filling behind it sees itself, and nothing sees it.
+
+    A token that sees nothing becomes NaN in float64, also by a sliding window, and would spread it.
+    """
+    place = torch.arange(batch.mask.shape[1], device=batch.mask.device) - batch.starts[:, None]
+    visible: Tensor = (place >= 0) & (place < model.cfg.n_ctx)
+    return visible.long()
+
+
+def check_logits(
+    model: TransformerBridge,
+    logits: Float[Tensor, "text pos vocab"],
+    real: Bool[Tensor, "text pos"],
+    names: Sequence[str],
+) -> None:
+    """Raises a FloatingPointError that names the text if logits are not finite where ``real`` is set."""
+    # The least and the greatest are NaN where one is.
+    finite = torch.isfinite(logits.amin(-1)) & torch.isfinite(logits.amax(-1))
+    broken = (~finite & real).any(1)
+    if broken.any():
+        raise _not_finite(model, "logits", names[int(broken.nonzero()[0, 0])])
+
+
+def _not_finite(model: TransformerBridge, what: str, text: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"{model.cfg.model_name} gives {what} that are not finite on {text[:80]!r}. Likely causes: (a) a weight has "
+        "NaN; (b) an edit in effect is so large that the dtype overflows; (c) left padding in float64, which Hugging "
+        "Face's Llama attention turns into NaN: set model.tokenizer.padding_side = 'right'"
+    )
+
+
+def components(model: TransformerBridge) -> list[Module]:
+    """The modules that a model is run by, hook points left out."""
+    return [module for module in model.original_model.modules() if not isinstance(module, HookPoint)]
+
+
+def has_hooks(component: Module) -> bool:
+    """Whether a hook is attached to one of a component's own points."""
+    points = [point for point in component.children() if isinstance(point, HookPoint)]
+    return any(point.fwd_hooks or point.bwd_hooks for point in points)
+
+
+def foreign_hook(model: TransformerBridge) -> str | None:
+    """The first module with a forward hook or a forward method that is not its libraries' own, by name; None without.
+
+    Beside TransformerLens's hook points these are hooks of plain PyTorch, which may be global.
+    """
+    undo_leftovers(model)
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        return "every module of PyTorch"
+    for module in dict.fromkeys([model, *model.original_model.modules(), *model.hook_points()]):
+        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in vars(module):
+            functions.append(vars(module)["forward"])
+        # At a hook point it is TransformerLens that hangs in what users attach.
+        if functions and (isinstance(module, HookPoint) or not all(_library(f) in LIBRARIES for f in functions)):
+            return module_name(model, module)
+    return None
+
+
+def _library(function: Callable[..., Any]) -> str:
+    """The package that a function was written in."""
+    while isinstance(function, partial):
+        function = function.func
+    return str(function.__module__).split(".")[0]
+
+
+def module_name(model: TransformerBridge, module: Module) -> str:
+    """What a module of the model is called: a hook point's own name, or the name in the Hugging Face model."""
+    if isinstance(module, HookPoint):
+        return str(module.name)
+    names = {part: name for name, part in model.original_model.named_modules()}
+    return names.get(module, "").replace("._original_component", "") or "the model"
+
+
+def read(
+    model: TransformerBridge, batch: TokenBatch, points: Sequence[str], stop_at_layer: int | None = None
+) -> dict[str, Tensor]:
+    """Runs the model without gradients and returns the activations at ``points``.
+
+    Raises:
+        RuntimeError: a hook point that the model has did not fire, or another thread is using the model.
+        FloatingPointError: an activation is NaN or infinite.
+    """
+    store: dict[str, Tensor] = {}
+    with torch.no_grad(), attached(model, reading(points, store)):
+        model(batch.ids, attention_mask=_visible(model, batch), stop_at_layer=stop_at_layer)
+    silent = [point for point in points if point not in store]
+    if silent:
+        raise RuntimeError(f"the hook points {silent} of {model.cfg.model_name} did not fire; cannot read them")
+    for point, activation in store.items():
+        finite = torch.isfinite(activation.flatten(1)).all(1)
+        if not finite.all():
+            raise _not_finite(model, f"activations at {point}", batch.rows[int((~finite).nonzero()[0, 0])].text)
+    return store

@@ -1,0 +1,257 @@
+"""Loading models, and what every module asks of one: its layers, its down-projection, its identity."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from attn_drift.checks import describe, is_whole
+from attn_drift.model.bridge import boot, check_fast, check_weights_loaded, tokenizer_identity, wrap
+from attn_drift.model.hooks import (
+    LIBRARIES,
+    components,
+    foreign_hook,
+    key_point,
+    module_name,
+    pattern_point,
+    value_point,
+)
+from attn_drift.model.tokens import own_tokenizer
+
+DEMO = "demo"
+
+# Of a model's configuration, what does not change what it computes.
+INCIDENTAL = {
+    "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+# Whose classes a model without additions is built of.
+MODEL_LIBRARIES = LIBRARIES | {"torch", "transformers_modules"}
+
+
+def demo_folder() -> Path:
+    """The folder of the shipped demo model: weights, tokenizer and ``world.json``."""
+    with as_file(files("attn_drift") / "demo" / "model") as folder:
+        return folder
+
+
+def load_model(
+    source: str | Path | PreTrainedModel | TransformerBridge,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> TransformerBridge:
+    """Loads a model as a TransformerLens bridge, weights as they are (never in compatibility mode, which folds them).
+
+    Args:
+        source: ``"demo"``; a folder in Hugging Face's layout; a name on the Hugging Face hub; a Hugging Face model
+            (wrapped in place, with ``tokenizer``; given again, its bridge is returned); or a bridge, which is checked
+            and returned as it is.
+        tokenizer: of an in-memory Hugging Face model.
+        device: where the model goes; TransformerLens chooses when None.
+        dtype: of the weights; when None float32, and for an in-memory model what it has.
+
+    Raises:
+        ValueError: a model that cannot be edited here, or arguments that do not go together; the message says why.
+        OSError: no such folder, and no such name within reach; the message says what was tried.
+    """
+    if isinstance(source, TransformerBridge):
+        if tokenizer is not None or device is not None or dtype is not None:
+            raise ValueError("a bridge is taken as it is; set its tokenizer, device and dtype before, not here")
+        model = source
+    elif isinstance(source, PreTrainedModel):
+        model = wrap(source, tokenizer, device, dtype)
+    elif tokenizer is not None:
+        raise ValueError(
+            f"a tokenizer was given with the model {source!r:.80}, which has its own; give one only with a model in "
+            "memory, of Hugging Face"
+        )
+    elif isinstance(source, str | Path):
+        model = _load_by_name(source, device, torch.float32 if dtype is None else dtype)
+    else:
+        raise ValueError(
+            f"the model is of type {type(source).__name__}; expected {DEMO!r}, a folder, a name on the Hugging Face "
+            "hub, a Hugging Face model with its tokenizer, or a TransformerBridge"
+        )
+    check_model(model)
+    return model
+
+
+def _load_by_name(source: str | Path, device: str | torch.device | None, dtype: torch.dtype) -> TransformerBridge:
+    name = str(source)
+    folder = demo_folder() if source == DEMO else Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise OSError(f"the folder {folder} has no config.json; expected a model saved by save_pretrained")
+        model = boot(str(folder), AutoTokenizer.from_pretrained(folder), device, dtype)
+        model.cfg.model_name = DEMO if source == DEMO else str(folder.absolute())
+        return model
+    try:
+        return boot(name, AutoTokenizer.from_pretrained(name), device, dtype)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"cannot load the model {name!r}: it is not {DEMO!r}, there is no folder {folder.absolute()}, and the "
+            f"Hugging Face hub and its local cache gave no such model ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Check the name, download the model where there is a network, or "
+            "give a folder."
+        ) from error
+
+
+def check_model(model: TransformerBridge) -> None:
+    """Raises a ValueError when the model lacks something that editing or capturing needs, or is in training mode."""
+    check_bridge(model)
+    if (training := _in_training(model)) is not None:
+        raise ValueError(f"{training}, where dropout changes every run; call model.eval()")
+    if getattr(model, "compatibility_mode", False):
+        raise ValueError(
+            "the model is in TransformerLens's compatibility mode, which folds and centres weights, so that an edit "
+            "would not be one of the original model; load it again without enable_compatibility_mode()"
+        )
+    check_weights_loaded(model.original_model)
+    check_fast(model.tokenizer)
+    points = model.hook_dict
+    for layer in range(model.cfg.n_layers):
+        for point in (key_point(layer), value_point(layer), pattern_point(layer)):
+            if point not in points:
+                raise ValueError(
+                    f"{model.cfg.model_name} has no {point}: only models with attention and a dense "
+                    "MLP in every layer can be edited here"
+                )
+
+
+def check_bridge(model: object) -> None:
+    """Raises a ValueError for what is given in the place of a bridge."""
+    if not isinstance(model, TransformerBridge):
+        given, load = f"a {type(model).__name__}", "load_model"
+        if isinstance(model, PreTrainedModel):
+            given, load = f"Hugging Face's {type(model).__name__}", "load_model(model, tokenizer)"
+        elif isinstance(model, str):
+            given, load = f"the name {model!r:.80}", f"load_model({model!r:.80})"
+        raise ValueError(f"the model is {given}; expected a TransformerBridge: make it with {load}")
+
+
+def _in_training(model: TransformerBridge) -> str | None:
+    """Which modules are in training mode, in words; None where none is."""
+    training = [module for module in [model, *components(model)] if module.training]
+    if not training:
+        return None
+    more = f" and {len(training) - 1} more modules are" if len(training) > 1 else " is"
+    return f"{module_name(model, training[0])}{more} in training mode"
+
+
+def disturbance(model: TransformerBridge) -> str | None:
+    """What makes the model compute something else than its weights say, and how to end it; None where nothing does.
+
+    These are hooks, forward methods that were put in the place of modules' own, training mode and autocast. Only
+    modules are looked at, no weight.
+    """
+    if (name := foreign_hook(model)) is not None:
+        return f"hooks are attached to the model at {name}, such as those of an edit in effect; take them off first"
+    if (training := _in_training(model)) is not None:
+        return f"{training}; call model.eval() first"
+    for device in {weight.device.type for weight in model.parameters()}:
+        if torch.is_autocast_enabled(device):
+            return f"autocast is on for {device}, which computes in another dtype; leave its block first"
+    return None
+
+
+def check_layer(model: TransformerBridge, layer: int) -> None:
+    """Raises a ValueError for what is no layer of the model, or one whose weights are not loaded."""
+    check_bridge(model)
+    layers = f"{model.cfg.model_name} has the layers 0 to {model.cfg.n_layers - 1}"
+    if not is_whole(layer):
+        raise ValueError(f"layer is {describe(layer)}; expected a whole number: {layers}")
+    if not 0 <= layer < model.cfg.n_layers:
+        raise ValueError(f"layer {layer} is out of range: {layers}")
+    block = model.blocks[layer]
+    if next(block.parameters()).is_meta:  # the first weight tells, and this is asked often
+        check_weights_loaded(block, f"blocks.{layer}")
+
+
+def check_finite(model: TransformerBridge) -> None:
+    """Raises a ValueError naming the first weight that has a NaN or an infinity."""
+    for name, weight in model.original_model.state_dict().items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            clean = name.replace("._original_component", "")
+            raise ValueError(f"the weight {clean} of {model.cfg.model_name} has NaN or infinite entries; reload it")
+
+
+def down_projection(model: TransformerBridge, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """The weight that maps keys to values, ``v = k @ W``: the model's own storage, so that in-place changes count."""
+    check_layer(model, layer)
+    weight: Tensor = model.blocks[layer].mlp.W_out
+    return weight
+
+
+def mlp_width(model: TransformerBridge, layer: int) -> int:
+    """``d_mlp`` of a layer, read from its weight."""
+    return int(down_projection(model, layer).shape[0])
+
+
+def float64_device(model: TransformerBridge) -> torch.device:
+    """Where to solve in float64: the model's device, or the CPU where that is MPS, which has no float64."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def fingerprint(model: TransformerBridge) -> str:
+    """A hash of the configuration and the weights: names, shapes, dtypes, and some 4,096 evenly spaced entries of each.
+
+    Files that belong to a model (edits, second moments, sampled contexts) carry it. A dense change of any weight,
+    such as an edit, changes it, and so does a setting of a module that was added, such as an adapter's scale.
+    """
+    check_bridge(model)
+    check_weights_loaded(model.original_model)
+    config = {k: v for k, v in model.original_model.config.to_dict().items() if k not in INCIDENTAL and v is not None}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.original_model.state_dict().items()):
+        clean = name.replace("._original_component", "")
+        flat = weight.detach().flatten()
+        # Not a multiple of a row's length, so that the entries spread over rows and columns.
+        sample = flat[:: max(1, flat.numel() // 4096) | 1]
+        digest.update(f"{clean}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    for settings in _added_settings(model):
+        digest.update(settings.encode())
+    return digest.hexdigest()[:32]
+
+
+def _added_settings(model: TransformerBridge) -> list[str]:
+    """What modules that were added to a model hold beside weights: a scale, whether they are switched off."""
+    plain = vars(Module())
+    return [
+        f"{name} {key}: {json.dumps(value, skipkeys=True, default=lambda it: type(it).__name__)}"
+        for name, module in model.original_model.named_modules()
+        if type(module).__module__.split(".")[0] not in MODEL_LIBRARIES and not isinstance(module, PreTrainedModel)
+        for key, value in sorted(vars(module).items())
+        if key not in plain
+    ]
+
+
+def origin(model: TransformerBridge) -> dict[str, str]:
+    """All of a model that text sampled from it depends on: weights, tokenizer, kind of device, and libraries."""
+    return {
+        "model": fingerprint(model),
+        **tokenizer_identity(own_tokenizer(model)),
+        "device": next(model.parameters()).device.type,
+        "torch": torch.__version__,
+        "transformer-lens": version("transformer-lens"),
+    }

@@ -1,0 +1,1 @@
+"""Second moments of keys: made from texts, streamed, saved, solved with."""

@@ -1,0 +1,58 @@
+"""Presets: settings for published models, as JSON files in this folder, found by the model's name."""
+
+import json
+import logging
+from importlib.resources import files
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.model.loading import DEMO, check_bridge
+
+log = logging.getLogger(__name__)
+
+# The warnings that were logged for each model.
+_logged: WeakKeyDictionary[TransformerBridge, set[str]] = WeakKeyDictionary()
+
+
+def load_preset(name: str, model: TransformerBridge) -> dict[str, Any] | None:
+    """The entry of a model in ``<name>.json``, found by the last part of the model's name; None where there is none."""
+    check_bridge(model)
+    presets = json.loads((files(__name__) / f"{name}.json").read_text(encoding="utf-8"))
+    return _entry(presets, model)
+
+
+def load_gamma(editor: str, model: TransformerBridge) -> tuple[int, float] | None:
+    """The layer above which a model's SADR preset for an editor holds, and its gamma; None where there is none."""
+    check_bridge(model)
+    presets = json.loads((files(__name__) / "sadr.json").read_text(encoding="utf-8"))
+    found = _entry(presets.get(editor, {}), model)
+    return None if found is None else (int(found["layer"]), float(found["gamma"]))
+
+
+def _entry(presets: dict[str, dict[str, Any]], model: TransformerBridge) -> dict[str, Any] | None:
+    name = str(model.cfg.model_name)
+    key = name.rstrip("/").split("/")[-1].lower()
+    found = presets.get(key)
+    # A folder may have the name of the demo model, or of a larger model.
+    if found is None or _last_layer(found) >= model.cfg.n_layers or (key == DEMO and name != DEMO):
+        return None
+    return {name: _as_tuples(value) for name, value in found.items()}
+
+
+def _last_layer(settings: dict[str, Any]) -> int:
+    return int(settings["layer"] if "layer" in settings else max(settings["layers"]))
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists as tuples, as frozen settings have them."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def warn_once(model: TransformerBridge, message: str, *values: object) -> None:
+    """Logs a warning, unless the same was logged for this model before."""
+    logged = _logged.setdefault(model, set())
+    if (text := message % values) not in logged:
+        logged.add(text)
+        log.warning("%s", text)

@@ -1,0 +1,189 @@
+"""The texts on which an edit's value is optimised (method.md, section 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.inference.memory import Budget, Size, parted
+from attn_drift.model.tokens import Completion, TokenBatch, Tokens, align, encode, encode_completion, pad
+from attn_drift.requests import SLOT, EditRequest, check_contexts, fill
+
+IGNORED = -100
+
+# Whose next-token distribution at the subject is kept.
+ESSENCE = "{} is a"
+
+
+@dataclass(frozen=True)
+class RewritingText:
+    """One text of a request: context, prompt, and all target tokens but the last.
+
+    Attributes:
+        completion: the tokens, prompt-last position and target.
+        subject_last: index of the subject-last token ``s_b``.
+        wording: which of the request's wordings it uses.
+    """
+
+    completion: Completion
+    subject_last: int
+    wording: int
+
+
+@dataclass(frozen=True)
+class RequestTexts:
+    """The texts of one request: its rewriting texts, a context-free one first, and the essence text ``"{s} is a"``."""
+
+    request: EditRequest
+    rewriting: tuple[RewritingText, ...]
+    essence: Tokens
+    essence_subject_last: int
+
+
+def request_texts(model: TransformerBridge, request: EditRequest, contexts: Sequence[str]) -> RequestTexts:
+    """Tokenizes the texts of a request: as many as there are contexts, spread over the wordings.
+
+    Every wording has one text without context; the other contexts are dealt to the wordings in turn.
+
+    Raises:
+        ValueError: a bad context, or a text longer than the model's context.
+    """
+    contexts, wordings = check_contexts(contexts), range(len(request.wordings))
+    pairs = [(SLOT, wording) for wording in wordings]
+    spare = max(0, len(contexts) - len(pairs))
+    pairs += [(context, j % len(wordings)) for j, context in enumerate(contexts[1 : 1 + spare])]
+    rewriting = tuple(_rewriting_text(model, request, context, wording) for context, wording in pairs)
+    essence = encode(model, fill(ESSENCE, request.subject))
+    return RequestTexts(request, rewriting, essence, _subject_last(essence, ESSENCE.index(SLOT), request.subject))
+
+
+def _rewriting_text(model: TransformerBridge, request: EditRequest, context: str, wording: int) -> RewritingText:
+    template = request.wordings[wording]
+    prompt = fill(context, fill(template, request.subject))
+    completion = encode_completion(model, prompt, request.target_new)
+    slot = context.index(SLOT) + template.index(SLOT)
+    return RewritingText(completion, _subject_last(completion.tokens, slot, request.subject), wording)
+
+
+def _subject_last(tokens: Tokens, slot: int, subject: str) -> int:
+    """The last token that covers the last character of a subject that was filled in at ``slot``, spaces aside."""
+    return tokens.last_covering(slot + len(subject.rstrip()) - 1)
+
+
+@dataclass(frozen=True)
+class RewritingBatch:
+    """Texts of several requests in one padded batch: first rewriting texts, then essence texts.
+
+    The model is run on the columns from ``offset`` on; what comes before is the same at every step, and cached.
+    Activations therefore begin at ``offset``, but for the key axis of patterns.
+
+    Attributes:
+        texts: per request.
+        tokens: the padded rows.
+        place: of each row among all rewriting texts, one request after the other, followed by all essence texts.
+        owner: the request of each row.
+        subject_last: column of the subject-last token of each row.
+        prompt_last: column of the prompt-last token of each rewriting text.
+        target: the target's tokens of each rewriting text, filled up with -100.
+        offset: the first column that is run.
+    """
+
+    texts: tuple[RequestTexts, ...]
+    tokens: TokenBatch
+    place: Int[Tensor, " row"]
+    owner: Int[Tensor, " row"]
+    subject_last: Int[Tensor, " row"]
+    prompt_last: Int[Tensor, " text"]
+    target: Int[Tensor, "text target"]
+    offset: int = 0
+
+    @property
+    def n_texts(self) -> int:
+        """Number of rewriting texts."""
+        return len(self.prompt_last)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a batch: a rewriting text, or the essence text up to its subject (completion and target are None)."""
+
+    place: int
+    owner: int
+    tokens: Tokens
+    subject_last: int
+    completion: Completion | None
+
+
+def _rows(texts: Sequence[RequestTexts]) -> list[_Row]:
+    pairs = [(r, text) for r, request in enumerate(texts) for text in request.rewriting]
+    rows = [_Row(i, r, t.completion.tokens, t.subject_last, t.completion) for i, (r, t) in enumerate(pairs)]
+    for r, request in enumerate(texts):
+        # Nothing after the subject is read.
+        essence = request.essence.head(request.essence_subject_last + 1)
+        rows.append(_Row(len(pairs) + r, r, essence, request.essence_subject_last, None))
+    return rows
+
+
+def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts], essence: bool = True) -> RewritingBatch:
+    """All texts of several requests, those of the essence or not, in one batch, run as a whole."""
+    rows = [row for row in _rows(texts) if essence or row.completion is not None]
+    return _batch(texts, rows, pad(model, [row.tokens for row in rows]), 0)
+
+
+def suffix_batches(model: TransformerBridge, texts: Sequence[RequestTexts], budget: Budget) -> list[RewritingBatch]:
+    """All texts of several requests in batches that begin at their subject-last tokens, aligned in one column.
+
+    Nothing before that token changes while a value is optimised. Texts are parted by what follows it, so that the
+    tokens that are run, filling included, and what every batch costs beside them are least; and further where a batch
+    does not fit into the budget.
+    """
+    batches = []
+    all_rows = _rows(texts)
+    before = [row.subject_last for row in all_rows]
+    lengths = [len(row.tokens) - row.subject_last for row in all_rows]
+    for group in parted(before, lengths, model.cfg.n_ctx):
+        most = budget.most_rows(_size([all_rows[place] for place in group], whole=False), gradients=True)
+        for first in range(0, len(group), most):
+            rows = [all_rows[place] for place in group[first : first + most]]
+            subject_last = [row.subject_last for row in rows]
+            tokens = align(model, [row.tokens for row in rows], subject_last)
+            batches.append(_batch(texts, rows, tokens, max(subject_last)))
+    return batches
+
+
+def size_of(texts: Sequence[RequestTexts], whole: bool) -> Size:
+    """Of a run of all texts of some requests, whole or from their subject-last tokens on."""
+    return _size(_rows(texts), whole)
+
+
+def _size(rows: Sequence[_Row], whole: bool) -> Size:
+    before = [0 if whole else row.subject_last for row in rows]
+    new = max(len(row.tokens) - n for row, n in zip(rows, before, strict=True))
+    return Size(
+        rows=len(rows),
+        new=new,
+        keys=max(before) + new,
+        read=max(len(row.tokens) if whole else len(row.completion.target) if row.completion else 1 for row in rows),
+    )
+
+
+def _batch(texts: Sequence[RequestTexts], rows: Sequence[_Row], tokens: TokenBatch, offset: int) -> RewritingBatch:
+    device = tokens.ids.device
+    completions = [row.completion for row in rows if row.completion is not None]
+    target = torch.full((len(completions), max([len(c.target) for c in completions], default=1)), IGNORED)
+    for i, completion in enumerate(completions):
+        target[i, : len(completion.target)] = torch.tensor(completion.target)
+    return RewritingBatch(
+        texts=tuple(texts),
+        tokens=tokens,
+        place=torch.tensor([row.place for row in rows], device=device),
+        owner=torch.tensor([row.owner for row in rows], device=device),
+        subject_last=tokens.columns([row.subject_last for row in rows]),
+        prompt_last=tokens.starts[: len(completions)]
+        + torch.tensor([c.prompt_last for c in completions], dtype=torch.long, device=device),
+        target=target.to(device),
+        offset=offset,
+    )

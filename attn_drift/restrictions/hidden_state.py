@@ -1,0 +1,73 @@
+"""A restriction of the hidden state at the prompt-last token: what SADR is compared with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.checks import check_fields, check_number, check_wholes
+from attn_drift.model.hooks import stream_point
+from attn_drift.prompts import RewritingBatch
+from attn_drift.restrictions.base import Penalty, restricted_layers
+
+States = Float[Tensor, "layer text d_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenState:
+    """Holds the residual stream at the prompt-last token to what it was before the edit.
+
+        weight * mean_l |h*[l,b] - h[l,b]|^2 / |h[l,b]|^2
+
+    h[l,b] is the stream after layer l at the prompt-last token of rewriting text b. It also holds what the edit needs:
+    the new object is read from the last of these states.
+
+    Attributes:
+        weight: of the term.
+        layers: which layers; all above the edited one when None.
+    """
+
+    weight: float
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, check_number, "weight", at_least=0)
+        if self.layers is not None:
+            check_fields(self, check_wholes, "layers")
+
+    def bind(self, model: TransformerBridge, layer: int) -> "BoundHiddenState":
+        """The loss term for an edit of ``layer``.
+
+        Raises:
+            ValueError: layers that are out of range, named twice, not above the edited one, or none at all.
+        """
+        return BoundHiddenState(self.weight, restricted_layers(model, layer, self.layers))
+
+
+@dataclass(frozen=True)
+class BoundHiddenState:
+    """`HiddenState` for one model and edited layer: a `LossTerm`."""
+
+    weight: float
+    layers: Sequence[int]
+
+    @property
+    def points(self) -> list[str]:
+        """The residual stream after each restricted layer."""
+        return [stream_point(layer, "resid") for layer in self.layers]
+
+    def observe(self, activations: dict[str, Tensor], batch: RewritingBatch) -> States:
+        """The stream at the prompt-last tokens of the rewriting texts, in float32 at least."""
+        texts = torch.arange(batch.n_texts, device=batch.prompt_last.device)
+        columns = batch.prompt_last - batch.offset
+        states = [activations[point].to(texts.device)[texts, columns] for point in self.points]
+        stacked = torch.stack(states)
+        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+
+    def penalty(self, vanilla: States, edited: States, batch: RewritingBatch) -> Penalty:
+        """The weighted term of each text."""
+        change = (edited - vanilla).square().sum(-1) / vanilla.square().sum(-1)
+        return Penalty(self.weight * change.mean(0))

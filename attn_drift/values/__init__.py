@@ -1,0 +1,1 @@
+"""Value optimization: the vector that an editor writes."""
