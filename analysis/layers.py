@@ -33,7 +33,7 @@ from analysis.causal.interventions import Text
 from analysis.causal.tracing import ROMES_WINDOW, causal_trace
 from analysis.edit_inputs import Supplies
 from analysis.scoring.score import check_input, check_texts, score
-from analysis.scoring.score_and_generate import Question, answer
+from analysis.scoring.score_and_generate import CompletionQuery, answer
 from analysis.statistics import LEAST_CASES, grouped_intervals, percentiles, resampled_means
 from attn_drift.data.cases import Case, Task
 from attn_drift.editors.rome import ROMEConfig, rome
@@ -46,7 +46,7 @@ TASKS: tuple[Task, ...] = ("ES", "PS", "NS", "DNS")
 MEANS: dict[str, tuple[Task, ...]] = {"p_new": ("ES", "PS"), "p_right": ("NS", "DNS")}
 EFFECT = "effect"
 TIE = 0.01
-SHOWN = {"p_new": "p(new)", "p_right": "p(right)", EFFECT: "causal effect"}
+TABLE_METRICS = {"p_new": "p(new)", "p_right": "p(right)", EFFECT: "causal effect"}
 
 Array = NDArray[Any]
 
@@ -140,7 +140,7 @@ class LayerScores:
         if "p_right" in frame:
             told.append(f"p(right) is highest in {_named(tied)} ({tied['p_right'].max():.2f})")
         if len(tied) > 1 and (EFFECT in frame or "p_right" not in frame):
-            told.append(f"L{self.best} has the highest {SHOWN[EFFECT if EFFECT in frame else 'p_new']}")
+            told.append(f"L{self.best} has the highest {TABLE_METRICS[EFFECT if EFFECT in frame else 'p_new']}")
         return "; of these ".join(told)
 
     @property
@@ -247,7 +247,7 @@ def _traced(model: TransformerBridge, cases: Sequence[Case], seed: int) -> tuple
     """`causal_trace` at the subject-last token of the facts that the model knows, and the number of others."""
     facts = ((case.case_id, case.request) for case in cases)
     texts = [Text(name, "ES", fact.question, fact.target_true or "", fact.subject, None) for name, fact in facts]
-    answers = answer(model, [Question(None, encode_completion(model, text.text, text.right)) for text in texts])
+    answers = answer(model, [CompletionQuery(None, encode_completion(model, text.text, text.right)) for text in texts])
     known = [text for text, given in zip(texts, answers, strict=True) if given.first_choice.all()]
     columns = ["case", "layer", "clean", "corrupted", "restored"]
     if not known:

@@ -180,7 +180,7 @@ class BoundMethod:
 
     @property
     def steps(self) -> int:
-        """Steps of the optimiser; 0 for the unedited model."""
+        """Steps of the optimizer; 0 for the unedited model."""
         return 0 if self.config is None else self.config.steps
 
     def edits(self, requests: EditRequest | Sequence[EditRequest], supplies: Supplies) -> list[Edit] | None:
@@ -209,7 +209,7 @@ class BoundMethod:
 def single_edits(
     supplies: Supplies, requests: EditRequest | Sequence[EditRequest], config: Config, restrict: Restriction | None
 ) -> list[Edit]:
-    """An edit for each request, optimised together, by the editor whose settings are given.
+    """An edit for each request, optimized together, by the editor whose settings are given.
 
     Raises:
         ValueError: there are none, or something else is among them.

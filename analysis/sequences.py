@@ -23,8 +23,8 @@ from analysis.edit_inputs import Supplies
 from analysis.methods import Config, Method, one_edit
 from analysis.scoring.fitting import LeftOut, drop_unfit_texts
 from analysis.scoring.score import check_input
-from analysis.scoring.score_and_generate import Question, answer
-from analysis.scoring.scores import DTYPES, SUMMARISED, Scores, results_row
+from analysis.scoring.score_and_generate import CompletionQuery, answer
+from analysis.scoring.scores import DTYPES, SUMMARIZED, Scores, results_row
 from attn_drift.data.cases import Case, Probe, Task
 from attn_drift.editors.base import EXPLODED, texts_of
 from attn_drift.edits.edit import Edit, compose
@@ -239,7 +239,7 @@ def _checked(
 def _fit(model: TransformerBridge, cases: Sequence[Case]) -> tuple[list[Case], tuple[LeftOut, ...]]:
     """The cases without the texts that the model cannot take, and those of these that would be scored."""
     scored = [
-        replace(case, probes={task: case.probes[task] for task in SUMMARISED if task in case.probes}, generation=())
+        replace(case, probes={task: case.probes[task] for task in SUMMARIZED if task in case.probes}, generation=())
         for case in cases
     ]
     fit = [drop_unfit_texts(model, case) for case in scored]
@@ -266,7 +266,7 @@ def _asked(model: TransformerBridge, cases: Sequence[Case]) -> list[_Asked]:
     changed = tuple({probe.text for case in cases for task in ("ES", "PS") for probe in case.probes.get(task, ())})
     found = []
     for place, case in enumerate(cases):
-        for task in SUMMARISED:
+        for task in SUMMARIZED:
             for probe in case.probes.get(task, ()):
                 if task not in SPARED or not probe.text.endswith(changed):
                     right = encode_completion(model, probe.text, probe.right)
@@ -277,7 +277,7 @@ def _asked(model: TransformerBridge, cases: Sequence[Case]) -> list[_Asked]:
 
 def _scored(model: TransformerBridge, step: int, asked: Sequence[_Asked], edit: Edit | None) -> pd.DataFrame:
     """The rows of `EditSequence.texts` of one step, all texts under the same edit."""
-    questions = [Question(None, given) for a in asked for given in (a.right, a.wrong) if given is not None]
+    questions = [CompletionQuery(None, given) for a in asked for given in (a.right, a.wrong) if given is not None]
     with nullcontext() if edit is None else edit.applied(model):
         answers = iter(answer(model, questions))
     rows: list[dict[str, Any]] = []

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 LEAST_CASES = 3
 
 RESAMPLES = 2000
-RESAMPLES_AT_ONCE = 100
+BATCH_RESAMPLES = 100
 PERMUTATIONS = 9999
-PERMUTATIONS_AT_ONCE = 500
+BATCH_PERMUTATIONS = 500
 EXACT = 12
 TIE = 1e-13
 NORMAL = 1.96
@@ -75,10 +75,10 @@ def resampled_means(
     rng = np.random.default_rng(seed)
     n = len(totals)
     means = []
-    for _ in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
-        drawn = rng.integers(n, size=(RESAMPLES_AT_ONCE, n))
+    for _ in range(0, RESAMPLES, BATCH_RESAMPLES):
+        drawn = rng.integers(n, size=(BATCH_RESAMPLES, n))
         # How often each case was drawn: sums are then products, whatever the number of metrics.
-        often = np.bincount((drawn + n * np.arange(RESAMPLES_AT_ONCE)[:, None]).ravel(), minlength=drawn.size)
+        often = np.bincount((drawn + n * np.arange(BATCH_RESAMPLES)[:, None]).ravel(), minlength=drawn.size)
         often = often.reshape(drawn.shape).astype(np.float64)
         with np.errstate(invalid="ignore"):
             means.append((often @ totals) / (often @ counts))
@@ -154,8 +154,8 @@ def sign_flip_p(differences: Float[Array, "case *metric"]) -> Float[Array, "*met
         return np.asarray(_hits(bits, differences) / 2**n)
     rng = np.random.default_rng(0)
     hits = np.ones(differences.shape[1:])
-    for start in range(0, PERMUTATIONS, PERMUTATIONS_AT_ONCE):
-        count = min(PERMUTATIONS_AT_ONCE, PERMUTATIONS - start)
+    for start in range(0, PERMUTATIONS, BATCH_PERMUTATIONS):
+        count = min(BATCH_PERMUTATIONS, PERMUTATIONS - start)
         drawn = np.unpackbits(rng.integers(256, size=(count, -(-n // 8)), dtype=np.uint8), axis=1)[:, :n]
         hits += _hits(drawn, differences)
     return np.asarray(hits / (PERMUTATIONS + 1))

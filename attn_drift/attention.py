@@ -15,7 +15,7 @@ from attn_drift.model.loading import check_layer, check_model
 from attn_drift.model.tokens import TokenBatch, Tokens, encode, pad
 
 # Numbers in the patterns of the texts that are run at once.
-NUMBERS_AT_ONCE = 2**26
+BATCH_NUMBERS = 2**26
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,7 +85,7 @@ def capture_attention(
     check_rows(model, given)
     patterns: list[Tensor] = []
     per_text = len(chosen) * model.cfg.n_heads * max(len(row) for row in rows) ** 2
-    at_once = max(1, NUMBERS_AT_ONCE // per_text)
+    at_once = max(1, BATCH_NUMBERS // per_text)
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
         with attached_to_rows(model, given[part]):

@@ -1,4 +1,4 @@
-"""The texts on which an edit's value is optimised (method.md, section 2)."""
+"""The texts on which an edit's value is optimized (method.md, section 2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ ESSENCE = "{} is a"
 
 
 @dataclass(frozen=True)
-class RewritingText:
+class RewritingPrompt:
     """One text of a request: context, prompt, and all target tokens but the last.
 
     Attributes:
@@ -34,16 +34,16 @@ class RewritingText:
 
 
 @dataclass(frozen=True)
-class RequestTexts:
+class RequestPrompts:
     """The texts of one request: its rewriting texts, a context-free one first, and the essence text ``"{s} is a"``."""
 
     request: EditRequest
-    rewriting: tuple[RewritingText, ...]
+    rewriting: tuple[RewritingPrompt, ...]
     essence: Tokens
     essence_subject_last: int
 
 
-def request_texts(model: TransformerBridge, request: EditRequest, contexts: Sequence[str]) -> RequestTexts:
+def request_prompts(model: TransformerBridge, request: EditRequest, contexts: Sequence[str]) -> RequestPrompts:
     """Tokenizes the texts of a request: as many as there are contexts, spread over the wordings.
 
     Every wording has one text without context; the other contexts are dealt to the wordings in turn.
@@ -55,17 +55,17 @@ def request_texts(model: TransformerBridge, request: EditRequest, contexts: Sequ
     pairs = [(SLOT, wording) for wording in wordings]
     spare = max(0, len(contexts) - len(pairs))
     pairs += [(context, j % len(wordings)) for j, context in enumerate(contexts[1 : 1 + spare])]
-    rewriting = tuple(_rewriting_text(model, request, context, wording) for context, wording in pairs)
+    rewriting = tuple(_rewriting_prompt(model, request, context, wording) for context, wording in pairs)
     essence = encode(model, fill(ESSENCE, request.subject))
-    return RequestTexts(request, rewriting, essence, _subject_last(essence, ESSENCE.index(SLOT), request.subject))
+    return RequestPrompts(request, rewriting, essence, _subject_last(essence, ESSENCE.index(SLOT), request.subject))
 
 
-def _rewriting_text(model: TransformerBridge, request: EditRequest, context: str, wording: int) -> RewritingText:
+def _rewriting_prompt(model: TransformerBridge, request: EditRequest, context: str, wording: int) -> RewritingPrompt:
     template = request.wordings[wording]
     prompt = fill(context, fill(template, request.subject))
     completion = encode_completion(model, prompt, request.target_new)
     slot = context.index(SLOT) + template.index(SLOT)
-    return RewritingText(completion, _subject_last(completion.tokens, slot, request.subject), wording)
+    return RewritingPrompt(completion, _subject_last(completion.tokens, slot, request.subject), wording)
 
 
 def _subject_last(tokens: Tokens, slot: int, subject: str) -> int:
@@ -91,7 +91,7 @@ class RewritingBatch:
         offset: the first column that is run.
     """
 
-    texts: tuple[RequestTexts, ...]
+    texts: tuple[RequestPrompts, ...]
     tokens: TokenBatch
     place: Int[Tensor, " row"]
     owner: Int[Tensor, " row"]
@@ -117,7 +117,7 @@ class _Row:
     completion: Completion | None
 
 
-def _rows(texts: Sequence[RequestTexts]) -> list[_Row]:
+def _rows(texts: Sequence[RequestPrompts]) -> list[_Row]:
     pairs = [(r, text) for r, request in enumerate(texts) for text in request.rewriting]
     rows = [_Row(i, r, t.completion.tokens, t.subject_last, t.completion) for i, (r, t) in enumerate(pairs)]
     for r, request in enumerate(texts):
@@ -127,16 +127,16 @@ def _rows(texts: Sequence[RequestTexts]) -> list[_Row]:
     return rows
 
 
-def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestTexts], essence: bool = True) -> RewritingBatch:
+def rewriting_batch(model: TransformerBridge, texts: Sequence[RequestPrompts], essence: bool = True) -> RewritingBatch:
     """All texts of several requests, those of the essence or not, in one batch, run as a whole."""
     rows = [row for row in _rows(texts) if essence or row.completion is not None]
     return _batch(texts, rows, pad(model, [row.tokens for row in rows]), 0)
 
 
-def suffix_batches(model: TransformerBridge, texts: Sequence[RequestTexts], budget: Budget) -> list[RewritingBatch]:
+def suffix_batches(model: TransformerBridge, texts: Sequence[RequestPrompts], budget: Budget) -> list[RewritingBatch]:
     """All texts of several requests in batches that begin at their subject-last tokens, aligned in one column.
 
-    Nothing before that token changes while a value is optimised. Texts are parted by what follows it, so that the
+    Nothing before that token changes while a value is optimized. Texts are parted by what follows it, so that the
     tokens that are run, filling included, and what every batch costs beside them are least; and further where a batch
     does not fit into the budget.
     """
@@ -154,7 +154,7 @@ def suffix_batches(model: TransformerBridge, texts: Sequence[RequestTexts], budg
     return batches
 
 
-def size_of(texts: Sequence[RequestTexts], whole: bool) -> Size:
+def size_of(texts: Sequence[RequestPrompts], whole: bool) -> Size:
     """Of a run of all texts of some requests, whole or from their subject-last tokens on."""
     return _size(_rows(texts), whole)
 
@@ -170,7 +170,7 @@ def _size(rows: Sequence[_Row], whole: bool) -> Size:
     )
 
 
-def _batch(texts: Sequence[RequestTexts], rows: Sequence[_Row], tokens: TokenBatch, offset: int) -> RewritingBatch:
+def _batch(texts: Sequence[RequestPrompts], rows: Sequence[_Row], tokens: TokenBatch, offset: int) -> RewritingBatch:
     device = tokens.ids.device
     completions = [row.completion for row in rows if row.completion is not None]
     target = torch.full((len(completions), max([len(c.target) for c in completions], default=1)), IGNORED)

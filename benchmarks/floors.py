@@ -17,7 +17,7 @@ from analysis.scoring.score import SPARE_TOKENS
 from attn_drift.data.cases import TASKS, Case
 from attn_drift.editors.rome import ROMEConfig
 from attn_drift.model.tokens import encode, encode_completion
-from attn_drift.prompts import RequestTexts
+from attn_drift.prompts import RequestPrompts
 
 NUMBER = 4  # bytes of a float32
 
@@ -49,7 +49,7 @@ class Speed:
         return cls(2 * size**3 / product, NUMBER * len(long) / summed)
 
 
-def step_floor(model: TransformerBridge, texts: Sequence[RequestTexts], layer: int) -> Cost:
+def step_floor(model: TransformerBridge, texts: Sequence[RequestPrompts], layer: int) -> Cost:
     """Of one step for all of some requests, edited at ``layer``."""
     cfg, above = model.cfg, model.cfg.n_layers - 1 - layer
     rows = [(len(t.completion.tokens), t.subject_last, len(t.completion.target)) for r in texts for t in r.rewriting]
@@ -75,7 +75,9 @@ def scoring_floor(model: TransformerBridge, cases: Sequence[Case]) -> Cost:
     return Cost(operations, NUMBER * weights)
 
 
-def benchmark_floor(model: TransformerBridge, cases: Sequence[Case], texts: Sequence[RequestTexts], steps: int) -> Cost:
+def benchmark_floor(
+    model: TransformerBridge, cases: Sequence[Case], texts: Sequence[RequestPrompts], steps: int
+) -> Cost:
     """Of cases edited together in so many steps on their texts, scored, and continued."""
     step, scoring = step_floor(model, texts, ROMEConfig.for_model(model).layer), scoring_floor(model, cases)
     openings = [len(encode(model, prompt)) for case in cases for prompt in case.generation]

@@ -11,9 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from workloads import SADR, Lab
 
 import attn_drift as ad
-from analysis.plots.style import COLOURS, TEMPLATE
+from analysis.plots.style import COLORS, TEMPLATE
 from attn_drift.model.tokens import encode
-from attn_drift.prompts import RequestTexts, request_texts
+from attn_drift.prompts import RequestPrompts, request_prompts
 
 STEPS = 6
 ROUNDS = 5
@@ -43,27 +43,27 @@ def growth(lab: Lab) -> Iterator[tuple[str, int, str, float]]:
 
 
 def _both(
-    lab: Lab, what: str, size: int, texts: Sequence[RequestTexts], paths: Sequence[str] = ("fast", "plain")
+    lab: Lab, what: str, size: int, texts: Sequence[RequestPrompts], paths: Sequence[str] = ("fast", "plain")
 ) -> Iterator[tuple[str, int, str, float]]:
     for _ in range(ROUNDS):
         for path in paths:
             yield what, size, path, lab.step(texts, SADR, STEPS, path == "plain")
 
 
-def _long_suffix(lab: Lab, n: int) -> RequestTexts:
+def _long_suffix(lab: Lab, n: int) -> RequestPrompts:
     """The first request, its prompt filled up to ``n`` tokens from the subject-last one on."""
     request = lab.cases[0].request
-    short = request_texts(lab.model, request, lab.contexts).rewriting[0]
+    short = request_prompts(lab.model, request, lab.contexts).rewriting[0]
     missing = n - (len(short.completion.tokens) - short.subject_last)
     assert missing >= 0
-    return request_texts(lab.model, replace(request, prompt=request.prompt + missing * WORD), lab.contexts)
+    return request_prompts(lab.model, replace(request, prompt=request.prompt + missing * WORD), lab.contexts)
 
 
-def _long_context(lab: Lab, n: int) -> RequestTexts:
+def _long_context(lab: Lab, n: int) -> RequestPrompts:
     """The first request behind contexts of ``n`` tokens, and by itself."""
     context = "The" + (n - 2) * WORD + "."
     assert len(encode(lab.model, context)) == n
-    return request_texts(lab.model, lab.cases[0].request, ["{}", *20 * [context + " {}"]])
+    return request_prompts(lab.model, lab.cases[0].request, ["{}", *20 * [context + " {}"]])
 
 
 def _of_model(lab: Lab, what: str, size: int, layers: int, width: int) -> Iterator[tuple[str, int, str, float]]:
@@ -90,10 +90,10 @@ def figure(rows: pd.DataFrame) -> go.Figure:
     panels = list(rows["what"].unique())
     drawn = make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
     for column, what in enumerate(panels, start=1):
-        for path, colour in zip(("fast", "plain"), COLOURS[2:0:-1], strict=True):
+        for path, color in zip(("fast", "plain"), COLORS[2:0:-1], strict=True):
             own = typical[(typical["what"] == what) & (typical["path"] == path)]
             named = {"name": path, "legendgroup": path, "showlegend": column == 1}
-            shown = {"mode": "lines+markers", "line": {"color": colour}}
+            shown = {"mode": "lines+markers", "line": {"color": color}}
             bars = {"array": own["75%"] - own["50%"], "arrayminus": own["50%"] - own["25%"], "width": 2}
             middle = {"x": own["size"], "y": own["50%"], "error_y": bars}
             drawn.add_scatter(**middle, row=1, col=column, **named, **shown)

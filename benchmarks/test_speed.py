@@ -16,7 +16,7 @@ from memory import peak
 from workloads import CLOCK, SADR, STEPS, Lab, part, seconds
 
 from attn_drift.files import replacing
-from attn_drift.prompts import request_texts
+from attn_drift.prompts import request_prompts
 from attn_drift.restrictions.base import Restriction
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 @pytest.mark.parametrize("n", ROUNDS)
 @pytest.mark.parametrize("name", RESTRICTIONS)
 def test_values(lab: Lab, compare: Compare, name: str, n: int) -> None:
-    """Whole optimisations, set-up included: all requests at once, against one request at a time, another each round."""
+    """Whole optimizations, set-up included: all requests at once, against one request at a time, another each round."""
     texts, restrict = lab.texts(n), RESTRICTIONS[name]
     compare(
         f"{name}, {n} at once, {STEPS} steps",
@@ -105,7 +105,7 @@ def test_benchmark(lab: Lab, compare: Compare, speed: Speed, report: Report) -> 
     done = compare("benchmark, 50 cases: chunks of 16, 16, 16, 2", "case", fast, {label: plain}, 4)
     sizes = np.array([len(chunk) for chunk in chunks])
     contexts = worker.supplies.contexts(lab.config.context_lengths)
-    texts = [request_texts(lab.model, case.request, contexts) for case in chunks[0]]
+    texts = [request_prompts(lab.model, case.request, contexts) for case in chunks[0]]
     floor = benchmark_floor(lab.model, chunks[0], texts, lab.config.steps)
     report.figures["benchmark"] = {
         "seconds": float(sizes @ done.fast),
@@ -126,7 +126,7 @@ def test_growth(lab: Lab) -> None:
 
 def test_overhead(lab: Lab, report: Report) -> None:
     """Of a step on a single text and the essence text, in which hardly anything but calls is left to pay for."""
-    alone = [request_texts(lab.model, lab.cases[0].request, ["{}"])]
+    alone = [request_prompts(lab.model, lab.cases[0].request, ["{}"])]
     report.figures["seconds of a step on one text"] = lab.step(alone, SADR, 40, False)
 
 

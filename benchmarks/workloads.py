@@ -28,15 +28,15 @@ from attn_drift.edits.edit import Edit
 from attn_drift.model.hooks import value_point
 from attn_drift.model.loading import demo_folder
 from attn_drift.model.sampling import ROME_LENGTHS
-from attn_drift.prompts import RequestTexts, request_texts
+from attn_drift.prompts import RequestPrompts, request_prompts
 from attn_drift.restrictions.base import Restriction
-from attn_drift.values.optimize import optimise_values
-from attn_drift.values.optimizer import OptimisedValue, ValueConfig
+from attn_drift.values.optimize import optimize_values
+from attn_drift.values.optimizer import OptimizedValue, ValueConfig
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 CLOCK = time.process_time if THREADS == 1 else time.perf_counter
 
-# Steps of a whole optimisation: those of the demo model's preset.
+# Steps of a whole optimization: those of the demo model's preset.
 STEPS = 60
 METHOD = "rome+sadr"
 SADR = ad.SADR(gamma=0.1)
@@ -58,19 +58,19 @@ class Lab:
         cases = demo_cases(World.load(demo_folder() / "world.json"), 64, 0)
         return cls(model, ad.ROMEConfig.for_model(model), contexts, cases)
 
-    def texts(self, n: int) -> list[RequestTexts]:
+    def texts(self, n: int) -> list[RequestPrompts]:
         """The texts of the first ``n`` requests: 21 and the essence of each."""
-        return [request_texts(self.model, case.request, self.contexts) for case in self.cases[:n]]
+        return [request_prompts(self.model, case.request, self.contexts) for case in self.cases[:n]]
 
     def values(
-        self, texts: Sequence[RequestTexts], restrict: Restriction | None, steps: int, whole: bool
-    ) -> list[OptimisedValue]:
+        self, texts: Sequence[RequestPrompts], restrict: Restriction | None, steps: int, whole: bool
+    ) -> list[OptimizedValue]:
         """Values of all requests at once, none of which stops before the last step."""
         config: ValueConfig = replace(self.config, steps=steps, stop_loss=-1.0)
         term = None if restrict is None else restrict.bind(self.model, self.config.layer)
-        return optimise_values(self.model, [value_point(self.config.layer)], texts, config, term, whole=whole)
+        return optimize_values(self.model, [value_point(self.config.layer)], texts, config, term, whole=whole)
 
-    def step(self, texts: Sequence[RequestTexts], restrict: Restriction | None, steps: int, whole: bool) -> float:
+    def step(self, texts: Sequence[RequestPrompts], restrict: Restriction | None, steps: int, whole: bool) -> float:
         """Seconds per step and request, what is done once for all steps left out."""
         once = seconds(lambda: self.values(texts, restrict, 1, whole))
         return (seconds(lambda: self.values(texts, restrict, 1 + steps, whole)) - once) / steps / len(texts)
@@ -125,7 +125,7 @@ def _one_by_one(reading: _Reading) -> Iterator[list[_Row]]:
 @contextmanager
 def whole_texts() -> Iterator[None]:
     """A block in which ROME runs whole texts at every step."""
-    with patch("attn_drift.editors.rome.optimise_values", partial(optimise_values, whole=True)):
+    with patch("attn_drift.editors.rome.optimize_values", partial(optimize_values, whole=True)):
         yield
 
 

@@ -35,10 +35,10 @@ GAMMAS = (0.1, 0.3)
 TASKS = ("ES", "PS", "NS", "DNS", "RS")
 
 # Columns of the tables: those of a row of `measure` (a score with its interval where it has one), under their headings.
-SHOWN = {"gamma": "gamma", "ES": "ES", "PS": "PS", "NS": "NS", "DNS": "DNS", "RS": "RS", "max_head": "max head"}
-FIRST = SHOWN | {"leakage": "leakage", "recovered": "recovered", "seconds": "CPU s per edit"}
-SECOND = {name: text for name, text in SHOWN.items() if name != "NS"} | {
-    "penalised": "term, penalised",
+TABLE_METRICS = {"gamma": "gamma", "ES": "ES", "PS": "PS", "NS": "NS", "DNS": "DNS", "RS": "RS", "max_head": "max head"}
+FIRST = TABLE_METRICS | {"leakage": "leakage", "recovered": "recovered", "seconds": "CPU s per edit"}
+SECOND = {name: text for name, text in TABLE_METRICS.items() if name != "NS"} | {
+    "penalized": "term, penalized",
     "resulted": "term, resulting",
     "seconds": "CPU s per edit",
 }
@@ -92,10 +92,10 @@ def leakage(supplies: Supplies, edits: list[ad.Edit]) -> float:
 
 
 def restriction(edits: list[ad.Edit], gamma: float) -> dict[str, float]:
-    """SADR's term per edit: the one that was penalised, at the last step, and that of the update as written."""
-    penalised = [edit.history.to_frame()["restriction"].iloc[-1] for edit in edits]
+    """SADR's term per edit: the one that was penalized, at the last step, and that of the update as written."""
+    penalized = [edit.history.to_frame()["restriction"].iloc[-1] for edit in edits]
     resulted = [edit.history.resulted for edit in edits]
-    return {"penalised": float(np.mean(penalised)) / gamma, "resulted": float(np.mean(resulted)) / gamma}
+    return {"penalized": float(np.mean(penalized)) / gamma, "resulted": float(np.mean(resulted)) / gamma}
 
 
 def recovered(unedited: Scores, plain: Scores, restricted: Scores) -> dict[str, float]:

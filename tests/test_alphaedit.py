@@ -14,8 +14,8 @@ import attn_drift as ad
 from attn_drift.editors.alphaedit import AlphaEditConfig, alphaedit, nullspace_direction
 from attn_drift.model.hooks import stream_point
 from attn_drift.model.loading import fingerprint, mlp_width
-from attn_drift.prompts import request_texts
-from attn_drift.values.optimize import optimise_values
+from attn_drift.prompts import request_prompts
+from attn_drift.values.optimize import optimize_values
 
 Make = Callable[..., TransformerBridge]
 
@@ -58,12 +58,12 @@ def test_directions_equal_the_dense_formula(seed: int, n: int, m: int, l2: float
 
 
 def test_update_equals_the_reference(make_model: Make) -> None:
-    """One layer: R K^T P (K K^T P + L2 I)^-1 with the optimised delta and the mean key."""
+    """One layer: R K^T P (K K^T P + L2 I)^-1 with the optimized delta and the mean key."""
     model = make_model("gpt2", torch.float64)
     moments = moments_of(model)
     config = AlphaEditConfig(layers=(1,), steps=5, learning_rate=0.2, l2=0.5, clamp=4.0)
     edit = alphaedit(model, FIRST, config=config, contexts=CONTEXTS, moments=moments)
-    value = optimise_values(model, [stream_point(1, "resid")], [request_texts(model, FIRST, CONTEXTS)], config)[0]
+    value = optimize_values(model, [stream_point(1, "resid")], [request_prompts(model, FIRST, CONTEXTS)], config)[0]
     update = edit.updates[1]
     assert update.served is not None and update.served.shape == (1, mlp_width(model, 1))
     k = update.served[0]

@@ -16,8 +16,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis.scoring import score_and_generate as answers
-from analysis.scoring.generation import Opening, text_of
-from analysis.scoring.score_and_generate import Question, ask
+from analysis.scoring.generation import GenerationPrompt, text_of
+from analysis.scoring.score_and_generate import CompletionQuery, ask
 from attn_drift.inference import memory as budget
 from attn_drift.model.tokens import Completion, Tokens
 
@@ -64,22 +64,22 @@ def texts_of(random: Random) -> list[list[int]]:
 def test_answers_do_not_depend_on_the_company(kind: str, seed: int, worth: int, at_once: int, price: int) -> None:
     """However texts are parted and whatever they share, under edits of other ranks and layers or none."""
     random, edits = Random(seed), edits_of(kind)
-    questions: list[tuple[int, Question]] = []
-    openings: list[tuple[int, Opening]] = []
+    questions: list[tuple[int, CompletionQuery]] = []
+    openings: list[tuple[int, GenerationPrompt]] = []
     for ids in texts_of(random):
         edit = random.randrange(len(edits))
         if len(ids) > 1 and random.random() < 0.7:
             last = random.randrange(len(ids))
             targets = (*ids[last + 1 :], random.randrange(VOCAB)), (*ids[last + 1 :], random.randrange(VOCAB))
             for other, target in zip((edit, random.randrange(len(edits))), targets, strict=True):
-                questions.append((other, Question(edits[other], Completion(tokens_of(ids), last, target))))
+                questions.append((other, CompletionQuery(edits[other], Completion(tokens_of(ids), last, target))))
         else:
             length = min(random.randint(1, 6), N_CTX - len(ids))
-            openings.append((edit, Opening(edits[edit], tokens_of(ids), length, random.choice((None, 3)))))
+            openings.append((edit, GenerationPrompt(edits[edit], tokens_of(ids), length, random.choice((None, 3)))))
     model = bridge(kind, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers, "WORTH", worth)
-        patch.setattr(budget, "TOKENS_AT_ONCE", at_once)
+        patch.setattr(budget, "BATCH_TOKENS", at_once)
         patch.setattr(budget, "TOKENS_PER_RUN", price)
         found, told = ask(model, [question for _, question in questions], [opening for _, opening in openings])
     assert n_hooks(model) == 0
@@ -101,6 +101,6 @@ def test_openings_of_a_chunk_go_on_together(make_model: Make, monkeypatch: pytes
     monkeypatch.setattr(budget, "TOKENS_PER_RUN", 0)
     model.blocks[0].hook_in.add_hook(lambda stream, hook: runs.append(stream.shape[1]))
     texts = [tokens_of([7] * n) for n in (2, 9, 30)]
-    ask(model, [], [Opening(None, text, 8) for text in texts])
+    ask(model, [], [GenerationPrompt(None, text, 8) for text in texts])
     model.reset_hooks()
     assert runs[-7:] == [1] * 7 and len(runs) <= 3 + 7

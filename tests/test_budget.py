@@ -18,7 +18,7 @@ from attn_drift.inference import memory as budget
 from attn_drift.inference.frozen_forward import fused, replaced
 from attn_drift.inference.kv_cache import Prefixes, Suffixes
 from attn_drift.inference.memory import Budget, Size, estimate, free_memory, parted
-from attn_drift.model.hooks import adding, attached, pattern_point, reading, value_point
+from attn_drift.model.hooks import add_vector_hook, hooks_attached, pattern_point, read_hooks, value_point
 from attn_drift.restrictions.divergences import DIVERGENCES
 
 Make = Callable[..., TransformerBridge]
@@ -96,11 +96,11 @@ def saved(model: TransformerBridge, size: Size, restricted: bool) -> int:
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    add = adding(value_point(0), torch.zeros(size.rows, dtype=torch.long), lambda: delta)
+    add = add_vector_hook(value_point(0), torch.zeros(size.rows, dtype=torch.long), lambda: delta)
     store: dict[str, Tensor] = {}
     points = [pattern_point(layer) for layer in range(1, model.cfg.n_layers)] if restricted else []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with attached(model, [add, *reading(points, store)]), replaced(model, fused(model)):
+        with hooks_attached(model, [add, *read_hooks(points, store)]), replaced(model, fused(model)):
             logits, _ = prefixes.run_on(model, suffixes, read)
         logits.log_softmax(-1).sum()
         if restricted:
@@ -144,7 +144,7 @@ def test_one_row_is_always_allowed(new: int, before: int, read: int, room: float
     size = Size(1, new, before + new, read)
     most = Budget(model, room).most_rows(size, gradients)
     assert most >= 1 and Budget(model, room).allows(size, gradients)
-    assert most == 1 or (most * new <= budget.TOKENS_AT_ONCE and most * estimate(model, size, gradients) <= room)
+    assert most == 1 or (most * new <= budget.BATCH_TOKENS and most * estimate(model, size, gradients) <= room)
 
 
 def test_free_memory_of_the_cpu() -> None:

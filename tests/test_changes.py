@@ -14,11 +14,11 @@ from test_edits import logits, random_edit, same_state, state
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis.scoring.score_and_generate import Question, answer
+from analysis.scoring.score_and_generate import CompletionQuery, answer
 from attn_drift.inference import memory as budget
 from attn_drift.inference.frozen_forward import replaced
 from attn_drift.model.changes import Claim, claimed, exclusive, on_behalf
-from attn_drift.model.hooks import attached, read
+from attn_drift.model.hooks import hooks_attached, read
 from attn_drift.model.loading import fingerprint
 from attn_drift.model.sampling import sample_documents
 from attn_drift.model.tokens import encode, encode_completion, pad
@@ -68,7 +68,7 @@ def uses(model: TransformerBridge, folder: Path) -> dict[str, Callable[[], objec
         "moments": lambda: ad.second_moment(model, 1, TEXT),
         "sampled": lambda: ad.sampled_moment(model, 1),
         "streamed": lambda: ad.stream_moments(model, [1], [TEXT], 4, folder),
-        "answers": lambda: answer(model, [Question(None, encode_completion(model, "Ada plays the", "cello"))]),
+        "answers": lambda: answer(model, [CompletionQuery(None, encode_completion(model, "Ada plays the", "cello"))]),
         "export": lambda: ad.export(model, edit, folder),
         "applied": lambda: enter(edit.applied(model)),
         "rows": lambda: enter(ad.applied_to_rows(model, [edit])),
@@ -76,7 +76,7 @@ def uses(model: TransformerBridge, folder: Path) -> dict[str, Callable[[], objec
         "remove_from": lambda: edit.remove_from(model),
         "run": lambda: logits(model, [TEXT]),
         "read": lambda: read(model, batch, ["blocks.0.mlp.out.hook_in"]),
-        "attached": lambda: enter(attached(model, [])),
+        "attached": lambda: enter(hooks_attached(model, [])),
         "replaced": lambda: enter(replaced(model, {})),
     }
 
@@ -179,7 +179,7 @@ def test_values_are_found_where_autograd_computes_anew_in_a_thread_of_its_own(
         thread.join()
         return calls[-1]
 
-    monkeypatch.setattr(budget, "TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(budget, "BATCH_TOKENS", 1)
     expected = make()
     monkeypatch.setattr(torch.autograd, "grad", elsewhere)
     edit = make()

@@ -21,7 +21,7 @@ from attn_drift.checks import describe
 from attn_drift.editors.multilayer import edit_batches
 from attn_drift.model.tokens import encode, encode_windows
 from attn_drift.moments import second_moment as moments
-from attn_drift.prompts import request_texts
+from attn_drift.prompts import request_prompts
 from attn_drift.values.optimizer import Settled
 
 Make = Callable[..., TransformerBridge]
@@ -109,7 +109,7 @@ TABLE: list[tuple[Callable[[TransformerBridge], object], str, str]] = [
     (lambda m: single_edits(Supplies(m, 0), [1], SPREAD, None), "request 0 is 1", "an EditRequest"),
     (lambda m: one_edit(Supplies(m, 0), "Ada", SPREAD, None), "requests is the text 'Ada'", "an EditRequest"),
     # Contexts and texts.
-    (of_model(request_texts, REQUEST, None), "contexts is None", "a list of templates"),
+    (of_model(request_prompts, REQUEST, None), "contexts is None", "a list of templates"),
     (rome(contexts=5), "contexts is 5", "a list of templates"),
     (rome(contexts=["{}", None]), "the context is None", "a text"),
     (rome(contexts=[1, 2]), "the context is 1", "a text"),

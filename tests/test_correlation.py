@@ -97,7 +97,7 @@ def test_measures_by_hand(make_model: Make, architecture: str) -> None:
 
 def test_measures_of_chosen_layers(small: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = texts_under([random_edit(small, 0, (0,)), random_edit(small, 1, (1,))])
-    monkeypatch.setattr(correlation, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(correlation, "BATCH_TEXTS", 3)
     frame = measure(small, texts, layers=[1])
     for i, text in enumerate(texts):
         expected = by_hand(small, text, [1])

@@ -22,7 +22,7 @@ from attn_drift.demo.world import World
 from attn_drift.editors.rome import ROMEConfig
 from attn_drift.model.loading import demo_folder
 from attn_drift.model.sampling import sample_contexts
-from attn_drift.prompts import request_texts
+from attn_drift.prompts import request_prompts
 
 pytestmark = pytest.mark.xdist_group("demo")
 
@@ -66,7 +66,7 @@ def test_all_arms_have_the_same_number_of_texts(shown: Demonstration, demo: Tran
     for name, wordings in ((ROME, 1), (RESTRICTED, 1), (REPHRASED, 2)):
         for edit in shown.arms[name].edits or ():
             assert len(edit.requests[0].wordings) == wordings
-            counts.add(len(request_texts(demo, edit.requests[0], contexts).rewriting))
+            counts.add(len(request_prompts(demo, edit.requests[0], contexts).rewriting))
     assert counts == {11}
 
 

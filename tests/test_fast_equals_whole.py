@@ -1,4 +1,4 @@
-"""Edits by the fast path of the value optimiser against edits by the plain one, which runs whole texts at every step.
+"""Edits by the fast path of the value optimizer against edits by the plain one, which runs whole texts at every step.
 
 In float64, after 20 steps, updates agree to 1e-5. What is left is rounding: 5e-15 on GPT-2 and NeoX. The attention of
 GPT-J and the norms of Llama, Mistral and Gemma 2 round to float32, which mostly swallows differences of 1e-16, and at
@@ -25,10 +25,10 @@ from attn_drift.editors import multilayer, rome
 from attn_drift.editors.multilayer import MultiLayerConfig
 from attn_drift.inference.memory import Budget
 from attn_drift.model.hooks import value_point
-from attn_drift.prompts import request_texts, suffix_batches
+from attn_drift.prompts import request_prompts, suffix_batches
 from attn_drift.restrictions.base import Restriction
-from attn_drift.values.optimize import optimise_values
-from attn_drift.values.optimizer import OptimisedValue, Settled, ValueConfig
+from attn_drift.values.optimize import optimize_values
+from attn_drift.values.optimizer import OptimizedValue, Settled, ValueConfig
 
 SHAPES = [*ARCHITECTURES, *WINDOWED]
 CONTEXTS = ["{}", "The man met a friend. {}", "I. {}"]
@@ -100,10 +100,10 @@ def compared(
 ) -> list[ad.Edit]:
     """The fast path's edits, which are the plain path's."""
     fast = edits_of(shape, bos, config, requests, contexts, restrict)
-    plainly = Mock(wraps=partial(optimise_values, whole=True))
+    plainly = Mock(wraps=partial(optimize_values, whole=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rome, "optimise_values", plainly)
-        patch.setattr(multilayer, "optimise_values", plainly)
+        patch.setattr(rome, "optimize_values", plainly)
+        patch.setattr(multilayer, "optimize_values", plainly)
         plain = edits_of(shape, bos, config, requests, contexts, restrict)
     assert plainly.called
     for a, b in zip(fast, plain, strict=True):
@@ -128,15 +128,15 @@ def check_worked(edits: Sequence[ad.Edit]) -> None:
 
 def test_requests_are_of_every_kind() -> None:
     model = model_of("gpt2", False)
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
     first, last, rephrased = (request.rewriting[0] for request in texts)
     assert first.subject_last == 0 and last.subject_last == last.completion.prompt_last and rephrased.subject_last > 6
     assert len({len(text.completion.tokens) for request in texts for text in request.rewriting}) >= 6
     # Alone in the empty context it has nothing before it that could be cached.
-    alone = suffix_batches(model, [request_texts(model, FIRST, ["{}"])], Budget.of(model))
+    alone = suffix_batches(model, [request_prompts(model, FIRST, ["{}"])], Budget.of(model))
     assert all(batch.offset == 0 for batch in alone)
     model = model_of("gpt2", True)
-    assert suffix_batches(model, [request_texts(model, FIRST, ["{}"])], Budget.of(model))[0].offset == 1
+    assert suffix_batches(model, [request_prompts(model, FIRST, ["{}"])], Budget.of(model))[0].offset == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -169,11 +169,11 @@ def test_restricted_by_the_update(shape: str) -> None:
 @pytest.mark.parametrize("name", RESTRICTIONS)
 def test_restrictions(shape: str, name: str) -> None:
     model = model_of(shape, (SHAPES.index(shape) + list(RESTRICTIONS).index(name)) % 2 == 1)
-    texts = [request_texts(model, request, CONTEXTS[:2]) for request in REQUESTS]
+    texts = [request_prompts(model, request, CONTEXTS[:2]) for request in REQUESTS]
     term = RESTRICTIONS[name].bind(model, 0)
 
-    def values(whole: bool) -> list[OptimisedValue]:
-        return optimise_values(model, [value_point(0)], texts, ValueConfig(**VALUE), term, whole=whole)
+    def values(whole: bool) -> list[OptimizedValue]:
+        return optimize_values(model, [value_point(0)], texts, ValueConfig(**VALUE), term, whole=whole)
 
     fast, plain = values(whole=False), values(whole=True)
     for a, b in zip(fast, plain, strict=True):

@@ -192,7 +192,7 @@ def test_prose_equals_one_text_at_a_time(architecture: str, bos: bool, monkeypat
     monkeypatch.setattr(module, "LENGTH", 10)
     model, edits, consistency = bridge(architecture, bos=bos), edits_of(architecture), Consistency(CORPUS)
     for model.tokenizer.padding_side, tokens in (("left", 2**14), ("right", 1)):
-        monkeypatch.setattr("attn_drift.inference.memory.TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr("attn_drift.inference.memory.BATCH_TOKENS", tokens)
         assert_prose(prose(model, CASES, edits, consistency=consistency).frame, small_prose(architecture, bos))
     order = [3, 1, 0, 4, 2]
     frame = prose(model, [CASES[i] for i in order], [edits[i] for i in order], consistency=consistency).frame
@@ -256,7 +256,7 @@ def test_perplexity_equals_one_text_at_a_time(architecture: str, bos: bool, dtyp
             expected.append((case.case_id, text, sum(losses), len(ids) - 1))
     for model.tokenizer.padding_side, tokens in (("right", 2**14), ("left", 2**14), ("right", 1)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("attn_drift.inference.memory.TOKENS_AT_ONCE", tokens)
+            patch.setattr("attn_drift.inference.memory.BATCH_TOKENS", tokens)
             scores = perplexity(model, CASES[:3], edits_of(architecture)[:3], PPL_TEXTS)
         for found, (case, text, loss, n) in zip(scores.frame.to_dict("records"), expected, strict=True):
             assert (found["case"], found["task"], found["text"], found["weight"]) == (case, "PPL", text, n)

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import attn_drift as ad
-from analysis.scoring.generation import Opening, continued
+from analysis.scoring.generation import GenerationPrompt, continued
 from analysis.scoring.score_and_generate import continuations
 from attn_drift.inference import memory as budget
 from attn_drift.inference.kv_cache import Prefixes, Suffixes
@@ -123,9 +123,9 @@ REQUESTS: list[Request] = [
 ]
 
 
-def opening(model: TransformerBridge, architecture: str, request: Request) -> Opening:
+def opening(model: TransformerBridge, architecture: str, request: Request) -> GenerationPrompt:
     prompt, edit, length, seed = request
-    return Opening(None if edit is None else edit_of(architecture, edit), encode(model, prompt), length, seed)
+    return GenerationPrompt(None if edit is None else edit_of(architecture, edit), encode(model, prompt), length, seed)
 
 
 def expected(architecture: str, dtype: torch.dtype, bos: bool, request: Request) -> str:
@@ -168,7 +168,7 @@ def alone(architecture: str, request: Request) -> str:
 def test_company_changes_nothing(architecture: str, requests: list[Request], tokens: int, free: int) -> None:
     model = bridge(architecture)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "TOKENS_AT_ONCE", tokens)
+        patch.setattr(budget, "BATCH_TOKENS", tokens)
         patch.setattr(budget, "free_memory", lambda device: free)
         together = continuations(model, [opening(model, architecture, request) for request in requests])
     assert together == [alone(architecture, request) for request in requests]
@@ -178,13 +178,13 @@ def test_samples_follow_the_five_most_probable_tokens() -> None:
     """First tokens against their probabilities, and second ones given the first; chi-squared over 4,000 seeds."""
     model, reference = bridge("gpt2"), plain("gpt2", torch.float32, False, None)
     tokens = encode(model, "Ada Bellini plays the")
-    rows = [Opening(None, tokens, 2, seed) for seed in range(4000)]
+    rows = [GenerationPrompt(None, tokens, 2, seed) for seed in range(4000)]
     read = Prefixes.read(model, [tokens.text], [tokens.ids[:-1]], Budget.of(model))
     last = Suffixes.of(model, [tokens.ids[-1:]])
     with torch.no_grad():
-        logits, read = read.extended(model, last, last.last)
+        logits, read = read.extend(model, last, last.last)
     same = [0] * len(rows)
-    drawn = [tuple(ids) for ids in continued(model, read.picked(same), logits[same, 0], rows)]
+    drawn = [tuple(ids) for ids in continued(model, read.select(same), logits[same, 0], rows)]
 
     def fits(counts: Counter[int], ids: list[int]) -> float:
         logits = reference.logits(ids)
@@ -229,7 +229,7 @@ def test_broken_edits_are_named_and_leave_nothing() -> None:
     huge = ad.Edit({1: ad.LowRankUpdate(update.keys * 1e30, update.values * 1e30)}, (), "x", "x")
     for edit, error in ((broken, ValueError), (huge, FloatingPointError)):
         with pytest.raises(error, match="not finite"):
-            continuations(model, [openings[0], Opening(edit, openings[0].tokens, 5)])
+            continuations(model, [openings[0], GenerationPrompt(edit, openings[0].tokens, 5)])
         assert n_hooks(model) == 0 and not any("forward" in vars(module) for module in model.modules())
     assert continuations(model, openings) == texts
 
@@ -240,7 +240,7 @@ def test_nan_is_named(make_model: Make, architecture: str, seed: int | None) -> 
     with torch.no_grad():
         down_projection(model, 1)[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="logits that are not finite on 'Ada'"):
-        continuations(model, [Opening(None, encode(model, "Ada"), 3, seed)])
+        continuations(model, [GenerationPrompt(None, encode(model, "Ada"), 3, seed)])
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -250,11 +250,11 @@ def test_the_context_is_used_to_its_end(architecture: str, seed: int | None) -> 
     text = "The man who met a friend of Carla is Ada Bellini. " * 8
     ids = reference.ids(text)[: N_CTX - 3]
     long, short = Tokens(text, tuple(ids), ((0, 0),) * len(ids)), encode(model, "Ada")
-    openings = [Opening(None, short, 6, seed), Opening(None, long, 3, seed)]
+    openings = [GenerationPrompt(None, short, 6, seed), GenerationPrompt(None, long, 3, seed)]
     plainly = [reference.text(reference.continued(list(o.tokens.ids), o.length, seed)) for o in openings]
     assert continuations(model, openings) == plainly
     with pytest.raises(ValueError, match=r"has 61 tokens and is to be continued by 4, .* context of 64"):
-        continuations(model, [openings[0], Opening(None, long, 4, seed)])
+        continuations(model, [openings[0], GenerationPrompt(None, long, 4, seed)])
 
 
 def test_no_texts() -> None:
@@ -284,11 +284,11 @@ def test_no_word_goes_on_across_an_end_token(monkeypatch: pytest.MonkeyPatch) ->
     chain(hf, {the: town, town: end, end: man, man: the})
     model = ad.load_model(hf, tokenizer, device="cpu")
     tokens = encode(model, "The man is in the")
-    assert continuations(model, [Opening(None, tokens, n) for n in range(1, 6)]) == [
+    assert continuations(model, [GenerationPrompt(None, tokens, n) for n in range(1, 6)]) == [
         " by",
         " by",
         " by Ada",
         " by Ada the",
         " by Ada the by",
     ]
-    assert continuations(model, [Opening(None, encode(model, "plays by"), 3)]) == ["Ada the"]
+    assert continuations(model, [GenerationPrompt(None, encode(model, "plays by"), 3)]) == ["Ada the"]

@@ -1,4 +1,4 @@
-"""Models in bfloat16 and float16: what is optimised is kept in float32, and edits and scores are those of float32.
+"""Models in bfloat16 and float16: what is optimized is kept in float32, and edits and scores are those of float32.
 
 Bounds are in units of the dtype's epsilon: every activation is rounded to half of one, and the few layers of these
 models hardly add to that. What was measured is said beside each bound.
@@ -24,11 +24,11 @@ from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
 from attn_drift.model.hooks import read, run, value_point
 from attn_drift.model.loading import down_projection
 from attn_drift.model.tokens import encode, pad
-from attn_drift.prompts import request_texts, rewriting_batch
+from attn_drift.prompts import request_prompts, rewriting_batch
 from attn_drift.restrictions.divergences import DIVERGENCES
-from attn_drift.values import optimizer as optimiser
-from attn_drift.values.optimize import optimise_values
-from attn_drift.values.optimizer import OptimisedValue, ValueConfig
+from attn_drift.values import optimizer as optimizer
+from attn_drift.values.optimize import optimize_values
+from attn_drift.values.optimizer import OptimizedValue, ValueConfig
 
 CONTEXTS = ["{}", "The man met a friend. {}", "I. {}"]
 REQUESTS = [
@@ -91,10 +91,10 @@ def edits_of(shape: str, dtype: torch.dtype, run_in: torch.dtype, editor: str, s
     return edit_batches(model, [REQUESTS], config, moments=moments, **options)
 
 
-def values_of(model: TransformerBridge, whole: bool = False) -> list[OptimisedValue]:
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+def values_of(model: TransformerBridge, whole: bool = False) -> list[OptimizedValue]:
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
     term = ad.SADR(gamma=0.5, heads=ad.AllHeads()).bind(model, 0)
-    return optimise_values(model, [value_point(0)], texts, ValueConfig(**VALUE), term, whole=whole)
+    return optimize_values(model, [value_point(0)], texts, ValueConfig(**VALUE), term, whole=whole)
 
 
 def distance(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:
@@ -102,7 +102,7 @@ def distance(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm() / torch.finfo(dtype).eps)
 
 
-def test_what_is_optimised_is_float32(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_optimized_is_float32(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.optim.Adam] = []
 
     class Recorded(torch.optim.Adam):
@@ -110,7 +110,7 @@ def test_what_is_optimised_is_float32(shape: str, dtype: torch.dtype, monkeypatc
             super().__init__(*args, **options)
             made.append(self)
 
-    monkeypatch.setattr(optimiser.torch.optim, "Adam", Recorded)
+    monkeypatch.setattr(optimizer.torch.optim, "Adam", Recorded)
     model = model_of(shape, dtype, dtype)
     assert all(weight.dtype == dtype for weight in model.original_model.parameters())
     for value in values_of(model):
@@ -126,7 +126,7 @@ def test_what_is_optimised_is_float32(shape: str, dtype: torch.dtype, monkeypatc
 def test_divergences_are_float32(shape: str, dtype: torch.dtype, queries: str) -> None:
     """Half precision would lose the floor under probabilities, which is 1e-8."""
     model = model_of(shape, dtype, dtype)
-    batch = rewriting_batch(model, [request_texts(model, request, CONTEXTS) for request in REQUESTS], essence=False)
+    batch = rewriting_batch(model, [request_prompts(model, request, CONTEXTS) for request in REQUESTS], essence=False)
     for divergence in DIVERGENCES:
         term = ad.SADR(gamma=1.0, heads=ad.AllHeads(), divergence=divergence, queries=queries).bind(model, 0)
         store = read(model, batch.tokens, term.points)

@@ -21,7 +21,7 @@ from analysis.scoring.score import score
 from attn_drift.edits import low_rank as weights
 from attn_drift.inference.frozen_forward import fused, replaced
 from attn_drift.model.changes import Change, block
-from attn_drift.model.hooks import attached, outputs_observed, reading, value_point
+from attn_drift.model.hooks import hooks_attached, outputs_observed, read_hooks, value_point
 from attn_drift.model.loading import down_projection
 from attn_drift.values.optimize import _Freezing
 
@@ -59,7 +59,7 @@ def blocks(model: TransformerBridge) -> dict[str, Callable[[], Any]]:
     return {
         "edit": lambda: edit.applied(model),
         "rows": lambda: ad.applied_to_rows(model, [edit]),
-        "hooks": lambda: attached(model, reading([value_point(0)], {})),
+        "hooks": lambda: hooks_attached(model, read_hooks([value_point(0)], {})),
         "observation": lambda: outputs_observed(model, lambda module, inputs, output: None),
         "forwards": lambda: replaced(model, fused(model)),
         "freezing": lambda: block(_Freezing(model)),

@@ -20,7 +20,7 @@ from analysis.causal.tracing import causal_trace
 from analysis.edit_inputs import Supplies
 from analysis.layers import LayerScores, suggest_layers
 from analysis.scoring.score import score
-from analysis.statistics import RESAMPLES, RESAMPLES_AT_ONCE
+from analysis.statistics import BATCH_RESAMPLES, RESAMPLES
 from attn_drift.data.cases import Case
 from attn_drift.moments import second_moment as moments
 
@@ -168,8 +168,8 @@ def test_noise_against_a_plain_bootstrap() -> None:
         return float(np.mean([np.mean(part) if part else np.nan for part in parts]))
 
     generator = np.random.default_rng(5)
-    size = (RESAMPLES_AT_ONCE, 6)
-    draws = np.concatenate([generator.integers(6, size=size) for _ in range(RESAMPLES // RESAMPLES_AT_ONCE)])
+    size = (BATCH_RESAMPLES, 6)
+    draws = np.concatenate([generator.integers(6, size=size) for _ in range(RESAMPLES // BATCH_RESAMPLES)])
     drawn = np.array([[mean(layer, draw) for layer in range(4)] for draw in draws.tolist()])
     means = [mean(layer, range(6)) for layer in range(4)]
     frame = found.to_frame()

@@ -13,8 +13,8 @@ from attn_drift.editors.memit import MEMITConfig, batch_direction, memit
 from attn_drift.editors.spread import Spread
 from attn_drift.model.hooks import stream_point
 from attn_drift.model.loading import fingerprint, float64_device, mlp_width
-from attn_drift.prompts import request_texts
-from attn_drift.values.optimize import optimise_values
+from attn_drift.prompts import request_prompts
+from attn_drift.values.optimize import optimize_values
 
 Make = Callable[..., TransformerBridge]
 
@@ -42,13 +42,13 @@ def moments_of(model: TransformerBridge) -> dict[int, ad.SecondMoment]:
 def test_updates_equal_the_reference(
     make_model: Make, architecture: str, layers: tuple[int, ...], weight: float
 ) -> None:
-    """Given the same deltas; the optimisation itself is compared in test_rome and test_values."""
+    """Given the same deltas; the optimization itself is compared in test_rome and test_values."""
     model = make_model(architecture, torch.float64, bos=architecture == "llama")
     model.tokenizer.padding_side = "right"
     config = MEMITConfig(layers=layers, steps=4, learning_rate=0.1, moment_weight=weight, clamp=4.0)
     moments = moments_of(model)
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
-    values = optimise_values(model, [stream_point(layers[-1], "resid")], texts, config)
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
+    values = optimize_values(model, [stream_point(layers[-1], "resid")], texts, config)
     factored = {layer: moments[layer].factored(config.ridge, float64_device(model)) for layer in layers}
     spread = Spread(model, [texts], layers, lambda layer, K: batch_direction(K, factored[layer], weight), config.site)
     (found,) = spread.by_batch(spread.of(torch.stack([value.deltas for value in values])))
@@ -68,8 +68,8 @@ def test_one_layer_and_request_and_no_weight_map_the_key_to_the_value(make_model
     request = REQUESTS[0]
     config = MEMITConfig(layers=(1,), steps=5, learning_rate=0.2, moment_weight=1e-9, clamp=4.0)
     edit = memit(model, request, config=config, contexts=["{}"], moments=moments_of(model))
-    texts = request_texts(model, request, ["{}"])
-    value = optimise_values(model, [stream_point(1, "resid")], [texts], config)[0]
+    texts = request_prompts(model, request, ["{}"])
+    value = optimize_values(model, [stream_point(1, "resid")], [texts], config)[0]
     point = stream_point(1, "resid")
     with edit.applied(model):
         now = at_subjects(model, [point], texts.rewriting, 2)[0][0]

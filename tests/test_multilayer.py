@@ -17,7 +17,7 @@ from attn_drift.model.hooks import key_point, read, stream_point
 from attn_drift.model.loading import down_projection, mlp_width
 from attn_drift.model.tokens import encode, pad
 from attn_drift.presets import load_preset
-from attn_drift.prompts import request_texts
+from attn_drift.prompts import request_prompts
 from attn_drift.restrictions.presets import preset_gamma
 
 Make = Callable[..., TransformerBridge]
@@ -66,7 +66,7 @@ def test_inference_mode_does_not_matter(make_model: Make, config: MultiLayerConf
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_what_is_penalised_is_what_results(make_model: Make, config: MultiLayerConfig, batched: bool) -> None:
+def test_what_is_penalized_is_what_results(make_model: Make, config: MultiLayerConfig, batched: bool) -> None:
     """With ``restricted="update"`` the last evaluation is that of the update as written; with ``"value"`` it is not."""
     model = make_model("gpt2", torch.float64)
     options = {"contexts": CONTEXTS, "moments": moments_of(model), "restrict": ad.SADR(gamma=1.0, heads=ad.AllHeads())}
@@ -86,7 +86,7 @@ def test_what_is_penalised_is_what_results(make_model: Make, config: MultiLayerC
 def test_the_gradient_through_one_layer_is_exact(make_model: Make) -> None:
     """Of what is written into one layer by the delta, keys and directions being fixed there."""
     model = make_model("gpt2", torch.float64)
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
     width = mlp_width(model, 1)
     W = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / width
     spread = Spread(model, [texts], (1,), lambda layer, K: W @ K, Site(stream_point(1, "resid"), float, True))
@@ -102,7 +102,7 @@ def test_the_gradient_through_one_layer_is_exact(make_model: Make) -> None:
 def test_the_gradient_through_two_layers_is_a_descent(make_model: Make) -> None:
     """It takes an earlier update to arrive as it is; along it, what is written moves as predicted to first order."""
     model = make_model("gpt2", torch.float64)
-    texts = [request_texts(model, REQUESTS[0], ["{}"])]
+    texts = [request_prompts(model, REQUESTS[0], ["{}"])]
     moments = moments_of(model)
     directions = CONFIGS[0].directions({layer: moments[layer] for layer in LAYERS}, torch.device("cpu"), None)
     spread = Spread(model, [texts], LAYERS, directions, CONFIGS[0].site)

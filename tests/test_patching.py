@@ -164,7 +164,7 @@ def test_batches_change_nothing(make_model: Make, monkeypatch: pytest.MonkeyPatc
     model = make_model("gptj", torch.float64)
     texts = asked(model)
     together = patch_attention(model, texts, unedited(texts), heads_of(model, [1, 2]), keys="subject")
-    monkeypatch.setattr(interventions, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(interventions, "BATCH_ROWS", 1)
     alone = patch_attention(model, texts, unedited(texts), heads_of(model, [1, 2]), keys="subject")
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-9)
 

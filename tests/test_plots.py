@@ -1,4 +1,4 @@
-"""Live figures hold what was given: values, errors, symmetric colours, axes, labels of repeated tokens."""
+"""Live figures hold what was given: values, errors, symmetric colors, axes, labels of repeated tokens."""
 
 from collections.abc import Callable
 
@@ -32,9 +32,9 @@ def test_drift_heatmap(captures: list[ad.AttentionCapture]) -> None:
     drift = attention_drift(*captures, "Ada Bellini")
     figure = plots.drift_heatmap({"a": drift, "b<": drift})
     assert len(figure.data) == 2 and [a.text for a in figure.layout.annotations] == ["a", "b&lt;"]
-    colours, trace = figure.layout.coloraxis, figure.data[1]
+    colors, trace = figure.layout.coloraxis, figure.data[1]
     np.testing.assert_allclose(trace.z, drift.subject_last.mean(0).numpy(), rtol=1e-5, atol=1e-8)
-    assert colours.cmid == 0 and colours.cmin == -colours.cmax == -np.abs(trace.z).max()
+    assert colors.cmid == 0 and colors.cmin == -colors.cmax == -np.abs(trace.z).max()
     assert list(trace.x) == [0, 1, 2, 3] and list(trace.y) == [0, 1, 2]
     kl = plots.drift_heatmap(drift, "row_kl").data[0]
     np.testing.assert_allclose(kl.z, drift.row_kl.mean(0).numpy(), rtol=1e-5, atol=1e-8)
@@ -103,9 +103,9 @@ def test_quotes_stay_quotes(small: TransformerBridge) -> None:
     assert plots.attention_rows(capture, names=["it's <b>"]).layout.annotations[0].text == "it's &lt;b&gt;"
 
 
-def test_colours_start_again() -> None:
-    n = len(style.COLOURS)
-    assert style.colours(n + 2)[n:] == list(style.COLOURS[:2])
+def test_colors_start_again() -> None:
+    n = len(style.COLORS)
+    assert style.colors(n + 2)[n:] == list(style.COLORS[:2])
     assert style.faded("#ff0010", 0.5) == "rgba(255, 0, 16, 0.5)"
 
 
@@ -201,7 +201,7 @@ def test_metric_bars(metrics: pd.DataFrame) -> None:
     np.testing.assert_allclose(figure.data[0].error_y.array, [0.05, np.nan])
     np.testing.assert_allclose(figure.data[0].error_y.arrayminus, [0.1, np.nan])
     np.testing.assert_allclose(figure.data[7].error_y.array, [1])
-    assert [trace.marker.color for trace in figure.data] == list(style.COLOURS[:3]) * 3
+    assert [trace.marker.color for trace in figure.data] == list(style.COLORS[:3]) * 3
     assert [trace.showlegend for trace in figure.data] == [True] * 3 + [False] * 6
     # The slot of an editor is the same with and without a bar.
     assert [trace.offsetgroup for trace in figure.data] == ["rome", "none", "a<b"] * 3

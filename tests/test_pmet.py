@@ -13,8 +13,8 @@ from attn_drift.editors.memit import batch_direction
 from attn_drift.editors.pmet import PMETConfig
 from attn_drift.editors.spread import Spread
 from attn_drift.model.loading import float64_device
-from attn_drift.prompts import request_texts
-from attn_drift.values.optimize import optimise_values
+from attn_drift.prompts import request_prompts
+from attn_drift.values.optimize import optimize_values
 from attn_drift.values.optimizer import Settled
 
 Make = Callable[..., TransformerBridge]
@@ -33,8 +33,8 @@ def test_values_equal_the_reference(
     model.tokenizer.padding_side = "right"
     # Without a decay that would keep it up, the essence term may fall to 0.01.
     config = PMETConfig(layers=LAYERS, steps=steps, learning_rate=1.0, clamp=clamp, kl_factor=0.05, weight_decay=0.1)
-    texts = [request_texts(model, request_, CONTEXTS)]
-    (value,) = optimise_values(model, config.points, texts, config)
+    texts = [request_prompts(model, request_, CONTEXTS)]
+    (value,) = optimize_values(model, config.points, texts, config)
     settings = Settings(LAYERS[-1], steps, clamp=clamp, kl_factor=0.05, weight_decay=0.1)
     deltas, losses = reference_pmet_values(architecture, request_, CONTEXTS, LAYERS[-1], steps, 1.0, settings)
     if request_ is EASY:
@@ -47,12 +47,12 @@ def test_values_equal_the_reference(
 def test_the_first_choice_ends_it(make_model: Make) -> None:
     """With a loose limit a request is done when its target is the first choice; with none it goes on."""
     model = make_model("gpt2", torch.float64)
-    texts = [request_texts(model, EASY, ["{}"])]
+    texts = [request_prompts(model, EASY, ["{}"])]
     lengths = []
     for settled in (None, Settled(nll=0.1, kl=0.0), Settled(nll=0.1, kl=1e9)):
         options = {"steps": 40, "learning_rate": 1.0, "clamp": 100.0, "kl_factor": 1e-3, "stop_loss": -1.0}
         config = PMETConfig(layers=(1,), settled=settled, **options)
-        (value,) = optimise_values(model, config.points, texts, config)
+        (value,) = optimize_values(model, config.points, texts, config)
         lengths.append(len(value.history))
         n_tokens = len(texts[0].rewriting[0].completion.target)
         weighted = n_tokens * value.history.terms[:, 1] / -value.history.terms[:, 5].log()
@@ -71,7 +71,7 @@ def test_updates_equal_the_reference(make_model: Make, architecture: str, layers
     model.tokenizer.padding_side = "right"
     config = PMETConfig(layers=layers, moment_weight=0.5)
     moments = moments_of(model)
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
     factored = {layer: moments[layer].factored(config.ridge, float64_device(model)) for layer in layers}
     spread = Spread(model, [texts], layers, lambda layer, K: batch_direction(K, factored[layer], 0.5), config.site)
     deltas = torch.randn(3, 2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from attn_drift.inference import memory as budget
 from attn_drift.inference.kv_cache import Prefixes, Suffixes
 from attn_drift.inference.memory import Budget
-from attn_drift.model.hooks import attached, embedding_point, shifting
+from attn_drift.model.hooks import embedding_point, hooks_attached, shift_hook
 
 Make = Callable[..., TransformerBridge]
 Ids = list[int]
@@ -74,14 +74,14 @@ def test_texts_read_in_parts_are_as_if_whole(kind: str, seed: int) -> None:
         if stops == known:
             stops = [min(n, start + room) for n, start in zip(lengths, known, strict=True)]
         suffixes = Suffixes.of(model, [ids[a:b] for ids, a, b in zip(whole, known, stops, strict=True)])
-        logits, prefixes = prefixes.extended(model, suffixes, all_columns(suffixes))
+        logits, prefixes = prefixes.extend(model, suffixes, all_columns(suffixes))
         check(kind, logits, known, whole, stops)
         assert prefixes.mask.sum(1).tolist() == stops
         if max(stops) == N_CTX:
             break
         # The longest stays, and others may stand there twice.
         rows = [0, *random.choices(range(len(whole)), k=5)]
-        prefixes = Prefixes.together([prefixes.picked(part) for part in (rows[:2], rows[2:])])
+        prefixes = Prefixes.concat([prefixes.select(part) for part in (rows[:2], rows[2:])])
         whole, known = [whole[i] for i in rows], [stops[i] for i in rows]
         assert prefixes.names == tuple(str(ids) for ids in whole) and prefixes.mask.shape[1] == max(known)
     assert n_hooks(model) == 0
@@ -95,8 +95,8 @@ def test_prefixes_are_left_as_they_were(kind: str) -> None:
     prefixes = Prefixes.read(model, ["a", "b", "c"], [text(random, n) for n in (3, 9, 1)], Budget.of(model))
     before, suffixes = state(prefixes), Suffixes.of(model, [text(random, n) for n in (4, 1, 2)])
     first, _ = prefixes.run_on(model, suffixes, all_columns(suffixes))
-    prefixes.extended(model, suffixes, all_columns(suffixes))[1].picked([0, 2])
-    Prefixes.together([prefixes, prefixes.picked([2])])
+    prefixes.extend(model, suffixes, all_columns(suffixes))[1].picked([0, 2])
+    Prefixes.concat([prefixes, prefixes.select([2])])
     assert all(torch.equal(a, b) for a, b in zip(state(prefixes), before, strict=True))
     assert torch.equal(prefixes.run_on(model, suffixes, all_columns(suffixes))[0], first)
 
@@ -128,13 +128,13 @@ def test_texts_are_read_in_parts_that_fit(kind: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Prefixes, "extended", counted)
     once = Prefixes.read(model, names, rows, Budget.of(model))
-    monkeypatch.setattr(budget, "TOKENS_AT_ONCE", 60)
+    monkeypatch.setattr(budget, "BATCH_TOKENS", 60)
     parts = Prefixes.read(model, names, rows, Budget.of(model))
     assert sizes == [6, 2, 2]
     assert parts.names == once.names and torch.equal(parts.mask, once.mask)
     torch.testing.assert_close(state(parts), state(once), rtol=tolerance(kind), atol=tolerance(kind))
     nothing = Prefixes.read(model, names[:2], rows[:2], Budget.of(model))
-    assert nothing.mask.shape == (2, 0) and not Prefixes.together([nothing, nothing]).cache.layers
+    assert nothing.mask.shape == (2, 0) and not Prefixes.concat([nothing, nothing]).cache.layers
 
 
 def test_nan_names_the_text(make_model: Make, architecture: str) -> None:
@@ -145,7 +145,7 @@ def test_nan_names_the_text(make_model: Make, architecture: str) -> None:
     broken = torch.tensor([0, torch.nan], dtype=torch.float64)[:, None, None]
     with (
         pytest.raises(FloatingPointError, match=r"logits that are not finite on 'second'"),
-        attached(model, [shifting(embedding_point(), broken.expand(2, 2, model.cfg.d_model))]),
+        hooks_attached(model, [shift_hook(embedding_point(), broken.expand(2, 2, model.cfg.d_model))]),
     ):
         prefixes.run_on(model, suffixes, suffixes.last)
     assert n_hooks(model) == 0

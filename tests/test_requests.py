@@ -17,7 +17,7 @@ import attn_drift as ad
 from analysis.scoring.score import score
 from attn_drift.data.cases import Case, Probe
 from attn_drift.model.tokens import Tokens, encode, encode_completion, pad, subject_span
-from attn_drift.prompts import request_texts, rewriting_batch
+from attn_drift.prompts import request_prompts, rewriting_batch
 from attn_drift.requests import fill, find_subject
 
 Make = Callable[..., TransformerBridge]
@@ -40,7 +40,7 @@ def test_positions_from_offsets_are_those_of_the_characters(
     model = bridge(bos)
     template = f"{before} {{}} {after}"
     request = ad.EditRequest(template, subject, target)
-    text = request_texts(model, request, ["{}"]).rewriting[0]
+    text = request_prompts(model, request, ["{}"]).rewriting[0]
     ids = text.completion.tokens.ids
     tokenizer = make_tokenizer(bos)
     prompt = fill(template, subject)
@@ -72,7 +72,7 @@ def test_last_occurrence_as_whole_words(text: str, subject: str, start: int) -> 
 
 def test_subject_also_in_the_context_and_in_the_target(small: TransformerBridge) -> None:
     request = ad.EditRequest("{} plays the", "Ada Bellini", "cello of Ada Bellini")
-    plain, after = request_texts(small, request, ["{}", "The man met Ada Bellini. {}"]).rewriting
+    plain, after = request_prompts(small, request, ["{}", "The man met Ada Bellini. {}"]).rewriting
     shift = len(after.completion.tokens) - len(plain.completion.tokens)
     assert after.subject_last - plain.subject_last == shift
     assert after.completion.target == plain.completion.target
@@ -81,7 +81,7 @@ def test_subject_also_in_the_context_and_in_the_target(small: TransformerBridge)
 def test_subject_that_is_part_of_a_word_at_its_place(small: TransformerBridge) -> None:
     """The place in the prompt counts, not a whole word in the context."""
     request = ad.EditRequest("{}n towns are", "Ada", "a town")
-    plain, after = request_texts(small, request, ["{}", "I met Ada. {}"]).rewriting
+    plain, after = request_prompts(small, request, ["{}", "I met Ada. {}"]).rewriting
     assert after.subject_last - plain.subject_last == len(after.completion.tokens) - len(plain.completion.tokens)
 
 
@@ -103,7 +103,7 @@ def test_the_subject_is_where_the_slot_is(prompt: str, subject: str, bos: bool) 
     model = bridge(bos)
     request = ad.EditRequest(prompt, subject, "cello").rephrased("The man who met {} was " + subject.strip())
     contexts = ["{}", f"{subject.strip()} met a friend. {{}}", f"I. {subject.strip()} {{}}"]
-    texts = request_texts(model, request, contexts)
+    texts = request_prompts(model, request, contexts)
     for text, context in zip(texts.rewriting, ["{}", "{}", contexts[1]], strict=True):
         before, _ = request.wordings[text.wording].split("{}")
         end = len(context) - 2 + len(before) + len(subject.rstrip())
@@ -114,7 +114,7 @@ def test_the_subject_is_where_the_slot_is(prompt: str, subject: str, bos: bool) 
 
 
 def test_braces_at_the_seam_of_context_and_prompt_are_no_slot(small: TransformerBridge) -> None:
-    text = request_texts(small, ad.EditRequest("}{} plays", "Ada", "cello"), ["{}", "In {{}"]).rewriting[1]
+    text = request_prompts(small, ad.EditRequest("}{} plays", "Ada", "cello"), ["{}", "In {{}"]).rewriting[1]
     assert text.completion.tokens.text.startswith("In {}Ada plays")
     covered_by_last(text.completion.tokens, text.subject_last, len("In {}Ada") - 1)
 
@@ -128,7 +128,7 @@ def covered_by_last(tokens: Tokens, index: int, char: int) -> None:
 def test_the_essence_text_is_read_at_the_subject(subject: str) -> None:
     for bos in (False, True):
         model = bridge(bos)
-        texts = request_texts(model, ad.EditRequest("{} plays the", subject, "cello"), ["{}"])
+        texts = request_prompts(model, ad.EditRequest("{} plays the", subject, "cello"), ["{}"])
         head = texts.essence.ids[: texts.essence_subject_last + 1]
         assert make_tokenizer(bos).decode(head, skip_special_tokens=True) == subject
 
@@ -142,7 +142,7 @@ def test_columns_under_left_padding(make_model: Make) -> None:
     for side in ("left", "right"):
         model = make_model("gpt2")
         model.tokenizer.padding_side = side
-        batch = rewriting_batch(model, [request_texts(model, r, ["{}", "The. {}"]) for r in requests])
+        batch = rewriting_batch(model, [request_prompts(model, r, ["{}", "The. {}"]) for r in requests])
         rows = torch.arange(len(batch.owner))
         picked.append(batch.tokens.ids[rows, batch.subject_last])
         assert batch.tokens.mask[rows, batch.subject_last].all()
@@ -333,7 +333,7 @@ def test_sentencepiece_like_tokenizers(tmp_path: Path) -> None:
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     model = ad.load_model(make_hf_model("llama"), tokenizer, device="cpu")
-    text = request_texts(model, ad.EditRequest("{} plays the", "Adaé", "ceé"), ["{}"]).rewriting[0]
+    text = request_prompts(model, ad.EditRequest("{} plays the", "Adaé", "ceé"), ["{}"]).rewriting[0]
     names = tokenizer.convert_ids_to_tokens(list(text.completion.tokens.ids))
     assert names[text.subject_last] == "<0xA9>"  # the last byte of the subject's last character
     assert names[text.completion.prompt_last] == "e"

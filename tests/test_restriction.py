@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from attn_drift.model.hooks import pattern_point, read
-from attn_drift.prompts import RewritingBatch, request_texts, rewriting_batch
+from attn_drift.prompts import RewritingBatch, request_prompts, rewriting_batch
 from attn_drift.restrictions.divergences import DIVERGENCES
 
 Make = Callable[..., TransformerBridge]
@@ -28,7 +28,7 @@ def attention(seed: int, *shape: int) -> Tensor:
 def observed(model: TransformerBridge, sadr: ad.SADR) -> tuple[RewritingBatch, Tensor, Tensor, dict[str, Tensor]]:
     """Two requests' texts, what SADR keeps of vanilla and of made-up edited patterns, and the latter."""
     requests = [ad.EditRequest(START, "Ada Bellini", "cello"), ad.EditRequest(MIDDLE, "Carla", "the organ")]
-    batch = rewriting_batch(model, [request_texts(model, r, CONTEXTS) for r in requests])
+    batch = rewriting_batch(model, [request_prompts(model, r, CONTEXTS) for r in requests])
     points = [pattern_point(layer) for layer in range(3)]
     vanilla = read(model, batch.tokens, points)
     edited = {p: (a + 0.5 * a.roll(1, 1).square()) for p, a in vanilla.items()}
@@ -167,7 +167,7 @@ def test_terms_of_the_history_sum_to_the_loss(make_model: Make) -> None:
 
 
 def test_stronger_restriction_less_drift(demo: TransformerBridge) -> None:
-    """On the demo model the penalised divergence falls as gamma rises."""
+    """On the demo model the penalized divergence falls as gamma rises."""
     request = ad.EditRequest("{} plays the", "Ulrich Okafor", "cello", "harp")
     config = ad.ROMEConfig.for_model(demo)
     drift = []

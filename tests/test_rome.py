@@ -13,9 +13,9 @@ from attn_drift.editors.rome import subject_keys
 from attn_drift.model.hooks import key_point, read, value_point
 from attn_drift.model.loading import fingerprint, mlp_width
 from attn_drift.model.tokens import encode, pad
-from attn_drift.prompts import request_texts
+from attn_drift.prompts import request_prompts
 from attn_drift.restrictions.base import Restriction
-from attn_drift.values.optimize import optimise_values
+from attn_drift.values.optimize import optimize_values
 
 CONTEXTS = ["{}", "The man met a friend. {}", "Carla Moreau was seen by Ada Bellini. {}", "I. {}", "Because. {}"]
 START = "{} plays the"
@@ -195,8 +195,8 @@ def test_published_settings_equal_reference(make_model: Make, clamp: float) -> N
     compare(model, "gpt2", False, request, settings, None)
     config = ad.ROMEConfig(layer=1, steps=10, clamp=clamp)
     edit = ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment_of(model, 1))
-    texts = request_texts(model, request, CONTEXTS)
-    v0 = optimise_values(model, [value_point(1)], [texts], config)[0].v0
+    texts = request_prompts(model, request, CONTEXTS)
+    v0 = optimize_values(model, [value_point(1)], [texts], config)[0].v0
     on_the_ball = edit.updates[1].values.norm().item() == pytest.approx(clamp * v0.norm().item())
     assert on_the_ball == (clamp < 1)
 
@@ -245,7 +245,7 @@ def test_update_maps_key_to_value(make_model: Make, architecture: str) -> None:
 def test_every_key_of_every_wording_gets_the_value(make_model: Make) -> None:
     model = make_model("gpt2", torch.float64)
     request = ad.EditRequest(START, "Ada Bellini", "cello").rephrased(MIDDLE)
-    texts = request_texts(model, request, CONTEXTS)
+    texts = request_prompts(model, request, CONTEXTS)
     keys = subject_keys(model, 1, texts)
     config = ad.ROMEConfig(layer=1, steps=1, ridge=0.0)
     w = ad.rome(model, request, config=config, contexts=CONTEXTS, moment=moment_of(model, 1)).updates[1].keys[0]
@@ -309,7 +309,7 @@ def test_half_precision_models_take_an_edit(make_model: Make) -> None:
 def test_texts_are_spread_over_wordings(small: TransformerBridge) -> None:
     request = ad.EditRequest(START, "Ada Bellini", "cello")
     for wordings in (1, 2, 3):
-        texts = request_texts(small, request, CONTEXTS)
+        texts = request_prompts(small, request, CONTEXTS)
         assert len(texts.rewriting) == len(CONTEXTS)
         assert [t.completion.tokens.text for t in texts.rewriting[:wordings]] == [
             w.replace("{}", "Ada Bellini") + " cello" for w in request.wordings

@@ -97,7 +97,7 @@ def test_placebo_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-# ---- what was selected while values were optimised
+# ---- what was selected while values were optimized
 
 
 def recorded(selected: Tensor | None, steps: int = 1) -> Edit:
@@ -522,11 +522,11 @@ def test_copying_is_of_the_full_matrix(make_model: Make, architecture: str) -> N
     found = head_kinds(make_model(architecture), ["Ada plays the cello"]).set_index(["layer", "head"])["copying"]
     assert list(found.index) == [(layer, head) for layer in range(3) for head in range(4)]
     W_E, W_U, per_head = ov_matrices(architecture)
-    centred_E, centred_U = W_E - W_E.mean(0, keepdim=True), W_U - W_U.mean(1, keepdim=True)
+    centered_E, centered_U = W_E - W_E.mean(0, keepdim=True), W_U - W_U.mean(1, keepdim=True)
     for place, (W_V, W_O) in per_head.items():
         if place[0] == 1:
             continue  # for time
-        eigenvalues = torch.linalg.eigvals(centred_E @ W_V @ W_O @ centred_U)
+        eigenvalues = torch.linalg.eigvals(centered_E @ W_V @ W_O @ centered_U)
         assert len(eigenvalues) == 320
         expected = float(eigenvalues.sum().real / eigenvalues.abs().sum())
         assert found[place] == pytest.approx(expected, abs=1e-3), place
@@ -536,7 +536,7 @@ def test_copying_is_of_the_full_matrix(make_model: Make, architecture: str) -> N
 def copying_model(constant: float) -> TransformerBridge:
     """Three layers of one head of two dimensions; embeddings (1,0), (-1,0), (0,1), (0,-1), 0, ..., plus a constant.
 
-    Embeddings and unembeddings are one; centred, they give sum_t e_t e_t' = 2 I. With W_V = I the circuit has the
+    Embeddings and unembeddings are one; centered, they give sum_t e_t e_t' = 2 I. With W_V = I the circuit has the
     eigenvalues of 2 W_O: 2 and 2 of the unit matrix, 2 and -6 of diag(1, -3), and -2i and 2i of a rotation.
     """
     tokenizer = make_tokenizer()

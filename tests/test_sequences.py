@@ -310,8 +310,8 @@ def test_figure_shows_methods_side_by_side(in_pairs: EditSequence) -> None:
     assert len(figure.data) == 3 * len(plots.sequences.PANELS)
     assert [trace.name for trace in figure.data[:3]] == ["a", "b&lt;", "c"]
     assert [trace.line.dash for trace in figure.data[:3]] == ["solid", "dash", "solid"]
-    colours = [trace.line.color for trace in figure.data[:3]]
-    assert colours[0] == colours[1] != colours[2]
+    colors = [trace.line.color for trace in figure.data[:3]]
+    assert colors[0] == colors[1] != colors[2]
     by_panel = dict(zip(plots.sequences.PANELS, figure.data[::3], strict=True))
     assert list(by_panel["ES"].x) == [2, 3] and list(by_panel["NS_p_right"].x) == [0, 2, 3]
     np.testing.assert_allclose(by_panel["NS_p_right"].y, in_pairs.steps["NS_p_right"])

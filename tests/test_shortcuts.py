@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
 from attn_drift.inference.frozen_forward import Constants, fused, replaced
-from attn_drift.model.hooks import adding, attached, components, value_point
+from attn_drift.model.hooks import add_vector_hook, components, hooks_attached, value_point
 
 Make = Callable[..., TransformerBridge]
 
@@ -37,7 +37,7 @@ def forwards(model: TransformerBridge) -> dict[Module, Any]:
 def run(model: TransformerBridge, delta: Tensor | None = None) -> Tensor:
     """Logits, with a vector added to the values of one token."""
     columns = torch.tensor([2, 3])
-    with attached(model, [] if delta is None else [adding(value_point(LAYER), columns, lambda: delta)]):
+    with hooks_attached(model, [] if delta is None else [add_vector_hook(value_point(LAYER), columns, lambda: delta)]):
         logits: Tensor = model(IDS, return_type="logits")
     return logits
 

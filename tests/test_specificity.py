@@ -121,7 +121,7 @@ def edits_of(architecture: str) -> list[ad.Edit | None]:
 
 
 def set_batches(patch: pytest.MonkeyPatch, tokens: int = 2**14, free: int = 2**33) -> None:
-    patch.setattr("attn_drift.inference.memory.TOKENS_AT_ONCE", tokens)
+    patch.setattr("attn_drift.inference.memory.BATCH_TOKENS", tokens)
     patch.setattr("attn_drift.inference.memory.free_memory", lambda device: free)
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from analysis.scoring.scores import DTYPES, SUMMARISED, Scores, results_row
+from analysis.scoring.scores import DTYPES, SUMMARIZED, Scores, results_row
 from analysis.statistics import (
+    BATCH_RESAMPLES,
     RESAMPLES,
-    RESAMPLES_AT_ONCE,
     bootstrap,
     harmonic_mean,
     pooled_half_width,
@@ -25,7 +25,7 @@ from analysis.statistics import (
 def draws(n: int, seed: int) -> list[list[int]]:
     """Of case numbers, with replacement."""
     rng = np.random.default_rng(seed)
-    return [row for _ in range(RESAMPLES // RESAMPLES_AT_ONCE) for row in rng.integers(n, size=(100, n)).tolist()]
+    return [row for _ in range(RESAMPLES // BATCH_RESAMPLES) for row in rng.integers(n, size=(100, n)).tolist()]
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -167,12 +167,12 @@ def test_s_is_the_harmonic_mean_of_the_means_and_resamples_cases() -> None:
     scores = table(RATES).overall(seed=5)
     means = {task: sum(sum(texts) for texts in cases.values()) for task, cases in RATES.items()}
     counts = {task: sum(len(texts) for texts in cases.values()) for task, cases in RATES.items()}
-    assert scores.mean == pytest.approx(5 / sum(counts[task] / means[task] for task in SUMMARISED))
+    assert scores.mean == pytest.approx(5 / sum(counts[task] / means[task] for task in SUMMARIZED))
     assert (scores.n, scores.n_texts, scores.half_width) == (3, sum(counts.values()), None)
     values = []
     for drawn in draws(3, 5):
         rates = []
-        for task in SUMMARISED:
+        for task in SUMMARIZED:
             texts = [x for i in drawn for x in RATES[task].get("abc"[i], [])]
             rates.append(sum(texts) / len(texts) if texts else math.nan)
         if not any(math.isnan(rate) for rate in rates):
@@ -181,7 +181,7 @@ def test_s_is_the_harmonic_mean_of_the_means_and_resamples_cases() -> None:
     nothing = table({**RATES, "RS": {"a": [0], "b": [0]}}).overall()
     assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
     with pytest.raises(KeyError, match="'DNS'"):
-        table({task: RATES[task] for task in SUMMARISED if task != "DNS"}).overall()
+        table({task: RATES[task] for task in SUMMARIZED if task != "DNS"}).overall()
     with pytest.raises(KeyError, match="'DNS'"):
         table({**RATES, "DNS": {"a": [None, None]}}).overall()
 

@@ -57,7 +57,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches, blocks and checkpoints, even on small models."""
-    monkeypatch.setattr(accumulation, "TOKENS_AT_ONCE", 96)
+    monkeypatch.setattr(accumulation, "BATCH_TOKENS", 96)
     monkeypatch.setattr(accumulation, "BLOCK", 48)
     monkeypatch.setattr(streaming, "BLOCK", 48)
     monkeypatch.setattr(streaming, "CHECKPOINT_SECONDS", 0.0)
@@ -98,7 +98,7 @@ def test_a_sum_that_is_not_positive_definite() -> None:
 def test_batches_keep_the_order_and_the_size(lengths: list[int]) -> None:
     windows = [range(length) for length in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulation, "TOKENS_AT_ONCE", 50)
+        patch.setattr(accumulation, "BATCH_TOKENS", 50)
         made = list(batches(windows))
     assert [window for batch in made for window in batch] == windows
     assert all(len(batch) == 1 or len(batch) * max(map(len, batch)) <= 50 for batch in made)
@@ -301,7 +301,7 @@ def _matrices_held(text: Path, folder: Path) -> float:
     saved: list[int] = []
     save = streaming._Stream._save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulation, "TOKENS_AT_ONCE", 128)
+        patch.setattr(accumulation, "BATCH_TOKENS", 128)
         patch.setattr(accumulation, "BLOCK", 128)
         patch.setattr(streaming, "doublings", lambda n, least: [n // 2, n])
         patch.setattr(streaming, "CHECKPOINT_SECONDS", 0.1)

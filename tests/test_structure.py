@@ -160,12 +160,12 @@ def test_every_public_name_is_there() -> None:
 
 # What README and the notebooks of 0.1.0 named, under the names that they used.
 DOCUMENTED = {
-    "attn_drift": (
-        "SADR AllHeads AlphaEditConfig AttentionCapture Case CaseFile Edit EditHistory EditRequest FixedHeads "
-        "HiddenState LayerMax LowRankUpdate MEMITConfig Margin PMETConfig Probe ROMEConfig SecondMoment Snippets StreamedMoments "
-        "TopK alphaedit applied_to_rows capture_attention compose export load_model memit pmet read_cases read_corpus "
-        "read_snippets rome sample_contexts sampled_moment sampled_moments second_moment second_moments stream_moments"
-    ),
+    "attn_drift": """
+        SADR AllHeads AlphaEditConfig AttentionCapture Case CaseFile Edit EditHistory EditRequest FixedHeads HiddenState
+        LayerMax LowRankUpdate MEMITConfig Margin PMETConfig Probe ROMEConfig SecondMoment Snippets StreamedMoments TopK
+        alphaedit applied_to_rows capture_attention compose export load_model memit pmet read_cases read_corpus
+        read_snippets rome sample_contexts sampled_moment sampled_moments second_moment second_moments stream_moments
+    """,
     "analysis.drift": "attention_drift subject_attention",
     "analysis.specificity": "score",
     "analysis.fluency": "prose perplexity",

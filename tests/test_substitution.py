@@ -20,7 +20,7 @@ from analysis.causal import interventions, substitution
 from analysis.causal.interventions import Batch, Text, outcomes
 from analysis.causal.substitution import substitute, sweep_windows
 from analysis.causal.tracing import causal_trace
-from attn_drift.model.hooks import Hook, stream_point, substituting
+from attn_drift.model.hooks import Hook, stream_point, substitute_hook
 from attn_drift.model.tokens import Completion, encode_completion
 
 Make = Callable[..., TransformerBridge]
@@ -82,7 +82,7 @@ def test_every_layer_turns_one_run_into_the_other(model: TransformerBridge) -> N
         def both(batch: Batch, donor: Batch) -> list[Hook]:
             points = [stream_point(layer, kind) for layer in range(3) for kind in ("attn_out", "mlp_out")]
             source = donor.read(points)
-            return [substituting(point, batch.tokens.mask, source[point]) for point in points]
+            return [substitute_hook(point, batch.tokens.mask, source[point]) for point in points]
 
         close(outcomes(model, recipients, donors, both), other)
     assert n_hooks(model) == 0
@@ -254,7 +254,7 @@ def test_tracing_equals_a_raw_model(make_model: Make, architecture: str, monkeyp
             assert found == pytest.approx(sum(p) / len(p), rel=1e-3)
 
 
-def test_batches_and_neighbours_change_nothing(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_and_neighbors_change_nothing(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("gptj", torch.float64)
     texts = asked(model)
     together = substitute(model, unedited(texts), texts, "attn_out", [1], "subject")
@@ -264,9 +264,9 @@ def test_batches_and_neighbours_change_nothing(make_model: Make, monkeypatch: py
     assert (other["clean"] == traced["clean"]).all() and (other["corrupted"] != traced["corrupted"]).all()
     reverse = pd.concat([causal_trace(model, [text], "mlp_out", draws=2, seed=3) for text in texts], ignore_index=True)
     pd.testing.assert_frame_equal(traced, reverse, rtol=1e-6)
-    monkeypatch.setattr(interventions, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(interventions, "BATCH_ROWS", 1)
     close(substitute(model, unedited(texts), texts, "attn_out", [1], "subject"), together, atol=1e-6)
-    monkeypatch.setattr(interventions, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(interventions, "BATCH_ROWS", 7)
     pd.testing.assert_frame_equal(traced, causal_trace(model, texts, "mlp_out", draws=2, seed=3), rtol=1e-6)
 
 

@@ -283,7 +283,7 @@ MEASURED = {"DNS": ("DNS", "success"), "RS": ("RS", "success"), "DNS_p": ("DNS",
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.lists(st.floats(0.1, 0.9), min_size=2, max_size=4), st.floats(0.15, 0.85))
-def test_what_is_read_off_lies_between_neighbours(seed: int, levels: list[float], level: float) -> None:
+def test_what_is_read_off_lies_between_neighbors(seed: int, levels: list[float], level: float) -> None:
     arms = [random_arm(seed + 1 + i, own) for i, own in enumerate(levels)]
     reference = random_arm(seed, level)
     places = list(zip([1.0 * i * i for i in range(len(arms))], arms, strict=True))

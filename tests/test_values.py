@@ -1,4 +1,4 @@
-"""The value optimiser: cached prefixes against whole texts, and how texts are parted."""
+"""The value optimizer: cached prefixes against whole texts, and how texts are parted."""
 
 import gc
 import weakref
@@ -19,12 +19,12 @@ import attn_drift as ad
 from attn_drift.inference import memory as budget
 from attn_drift.inference.memory import Budget
 from attn_drift.model.hooks import stream_point, value_point
-from attn_drift.prompts import RewritingBatch, request_texts, rewriting_batch, suffix_batches
+from attn_drift.prompts import RewritingBatch, request_prompts, rewriting_batch, suffix_batches
 from attn_drift.restrictions.base import LossTerm, Penalty, Restriction
 from attn_drift.values import optimize as values
 from attn_drift.values.forward_passes import RecomputedPass
-from attn_drift.values.optimize import optimise_values
-from attn_drift.values.optimizer import Optimisation, ValueConfig
+from attn_drift.values.optimize import optimize_values
+from attn_drift.values.optimizer import Optimization, ValueConfig
 
 Make = Callable[..., TransformerBridge]
 
@@ -50,7 +50,7 @@ def test_cached_prefixes_change_nothing(
     bos = architecture in ("gptj", "llama")
     model = make_model(architecture, torch.float64, bos=bos)
     model.tokenizer.padding_side = "right"
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
     monkeypatch.setattr(budget, "TOKENS_PER_RUN", 5)
     batches = suffix_batches(model, texts, Budget.of(model))
     assert len(batches) > 2 and all((batch.subject_last == batch.offset).all() for batch in batches)
@@ -58,9 +58,9 @@ def test_cached_prefixes_change_nothing(
     layer = 0 if isinstance(restrict, ad.SADR) else 1
     term = None if restrict is None else restrict.bind(model, layer)
     model_before = {id(module): "forward" in vars(module) for module in model.modules()}
-    fast = optimise_values(model, [value_point(layer)], texts, config, term)
+    fast = optimize_values(model, [value_point(layer)], texts, config, term)
     assert all(("forward" in vars(m)) == model_before[id(m)] for m in model.modules()), "layers are left skipped"
-    plain = optimise_values(model, [value_point(layer)], texts, config, term, whole=True)
+    plain = optimize_values(model, [value_point(layer)], texts, config, term, whole=True)
     for a, b in zip(fast, plain, strict=True):
         # Llama takes its softmax in float32, whose rounding depends on the shape of the batch.
         assert (a.delta - b.delta).norm() <= 1e-5 * b.delta.norm()
@@ -76,11 +76,11 @@ def test_cached_prefixes_change_nothing(
 def test_cached_prefixes_under_sliding_windows(make_model: Make, kind: str, point: str) -> None:
     model = make_model(kind, torch.float64, bos=True)
     model.tokenizer.padding_side = "right"
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
     term = ad.SADR(gamma=0.5, heads=ad.AllHeads()).bind(model, 1)
     config = ValueConfig(steps=20, learning_rate=0.1)
-    fast = optimise_values(model, [point], texts, config, term)
-    plain = optimise_values(model, [point], texts, config, term, whole=True)
+    fast = optimize_values(model, [point], texts, config, term)
+    plain = optimize_values(model, [point], texts, config, term, whole=True)
     for a, b in zip(fast, plain, strict=True):
         assert (a.delta - b.delta).norm() <= 1e-5 * b.delta.norm()
         torch.testing.assert_close(a.history.terms, b.history.terms, rtol=1e-5, atol=1e-7)
@@ -95,16 +95,16 @@ def _is_spread(below: torch.Tensor) -> bool:
 def test_requests_that_are_done_leave(make_model: Make) -> None:
     """What the others come to, and every history, is as if all stayed."""
     model = make_model("gpt2", torch.float64)
-    texts = [request_texts(model, request, CONTEXTS) for request in [*REQUESTS, *REQUESTS[:2]]]
+    texts = [request_prompts(model, request, CONTEXTS) for request in [*REQUESTS, *REQUESTS[:2]]]
     term = ad.SADR(gamma=0.5).bind(model, 0)
     config = ValueConfig(steps=30, learning_rate=0.3, stop_loss=-1.0)
-    losses = torch.stack([v.history.terms[:, 0] for v in optimise_values(model, [value_point(0)], texts, config, term)])
+    losses = torch.stack([v.history.terms[:, 0] for v in optimize_values(model, [value_point(0)], texts, config, term)])
     # Some are done early, at different steps, and some never; between two losses, so that rounding decides nothing.
     ordered = losses.flatten().sort().values
     stops = [float(stop) for stop in (ordered[1:] + ordered[:-1]) / 2 if _is_spread(losses < stop)]
     config = replace(config, stop_loss=stops[len(stops) // 2])
-    left = optimise_values(model, [value_point(0)], texts, config, term)
-    stayed = optimise_values(model, [value_point(0)], texts, config, term, whole=True)
+    left = optimize_values(model, [value_point(0)], texts, config, term)
+    stayed = optimize_values(model, [value_point(0)], texts, config, term, whole=True)
     lengths = [len(value.history) for value in left]
     assert len(set(lengths)) >= 3 and min(lengths) < 15 and max(lengths) == 30
     for a, b in zip(left, stayed, strict=True):
@@ -121,10 +121,10 @@ def test_memory_changes_nothing(
     """Requests by themselves, and texts of one request that do not fit together: what they hold is computed again."""
     model = make_model(architecture, torch.float64)
     model.tokenizer.padding_side = "right"
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
     config = ValueConfig(steps=5, learning_rate=0.1)
     term = None if restrict is None else restrict.bind(model, 0)
-    whole = optimise_values(model, [value_point(0)], texts, config, term)
+    whole = optimize_values(model, [value_point(0)], texts, config, term)
     parts: list[int] = []
     recomputed = RecomputedPass.run
 
@@ -133,8 +133,8 @@ def test_memory_changes_nothing(
         return recomputed(self, edited)
 
     monkeypatch.setattr(RecomputedPass, "run", run)
-    monkeypatch.setattr(budget, "TOKENS_AT_ONCE", tokens)
-    split = optimise_values(model, [value_point(0)], texts, config, term)
+    monkeypatch.setattr(budget, "BATCH_TOKENS", tokens)
+    split = optimize_values(model, [value_point(0)], texts, config, term)
     assert parts and (tokens > 1 or set(parts) == {1})
     for a, b in zip(split, whole, strict=True):
         # Llama and NeoX take their softmax in float32, whose rounding depends on the shape of the batch.
@@ -148,21 +148,21 @@ def test_what_a_group_held_is_free_before_the_next(
 ) -> None:
     """Without the garbage collector, which runs late or on a GPU not at all."""
     model, alive = make_model("gpt2"), list[int]()
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
-    made: list[weakref.ref[Optimisation]] = []
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
+    made: list[weakref.ref[Optimization]] = []
 
-    class Watched(Optimisation):
+    class Watched(Optimization):
         def __init__(self, *args: Any) -> None:
             alive.append(sum(other() is not None for other in made))
             super().__init__(*args)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(values, "Optimisation", Watched)
-    monkeypatch.setattr(budget, "TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr(values, "Optimization", Watched)
+    monkeypatch.setattr(budget, "BATCH_TOKENS", tokens)
     gc.collect()
     gc.disable()
     try:
-        optimise_values(model, [value_point(0)], texts, ValueConfig(steps=3), ad.SADR(gamma=0.1).bind(model, 0))
+        optimize_values(model, [value_point(0)], texts, ValueConfig(steps=3), ad.SADR(gamma=0.1).bind(model, 0))
         assert len(alive) >= 2 and not any(alive) and not any(other() is not None for other in made)
     finally:
         gc.enable()
@@ -191,11 +191,11 @@ def test_what_is_recomputed_is_not_held(
 ) -> None:
     """Nor what a restriction sees, beyond what it keeps."""
     model = make_model("gpt2")
-    texts = [request_texts(model, REQUESTS[0], CONTEXTS)]
+    texts = [request_prompts(model, REQUESTS[0], CONTEXTS)]
     for tokens, held in ((2**14, True), (1, False)):
-        monkeypatch.setattr(budget, "TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr(budget, "BATCH_TOKENS", tokens)
         term = Watching(restrict.bind(model, 0))
-        optimise_values(model, [value_point(0)], texts, ValueConfig(steps=3, stop_loss=-1.0), term)
+        optimize_values(model, [value_point(0)], texts, ValueConfig(steps=3, stop_loss=-1.0), term)
         assert len(term.held) >= 3 and all((n > 0) == held for n in term.held)
 
 
@@ -204,18 +204,18 @@ def test_a_small_budget_splits_requests_whatever_a_restriction_would_look_at(
 ) -> None:
     """Where there is none, requests need not run together."""
     model, sizes = make_model("gpt2"), list[int]()
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
-    init = Optimisation.__init__
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
+    init = Optimization.__init__
 
-    def counted(self: Optimisation, *args: Any) -> None:
+    def counted(self: Optimization, *args: Any) -> None:
         sizes.append(len(args[2]))
         init(self, *args)
 
-    monkeypatch.setattr(Optimisation, "__init__", counted)
-    monkeypatch.setattr(budget, "TOKENS_AT_ONCE", 1)
-    optimise_values(model, [value_point(0)], texts, ValueConfig(steps=1), writing=lambda deltas: {})
+    monkeypatch.setattr(Optimization, "__init__", counted)
+    monkeypatch.setattr(budget, "BATCH_TOKENS", 1)
+    optimize_values(model, [value_point(0)], texts, ValueConfig(steps=1), writing=lambda deltas: {})
     assert sizes == [1, 1, 1]
-    assert optimise_values(model, [value_point(0)], [], ValueConfig(steps=1)) == []
+    assert optimize_values(model, [value_point(0)], [], ValueConfig(steps=1)) == []
 
 
 @pytest.mark.parametrize("kind", [*ARCHITECTURES, *WINDOWED])
@@ -223,11 +223,11 @@ def test_vectors_behind_the_mlp_while_an_edit_is_in_effect(make_model: Make, kin
     """There the edited down-projection itself is the same at every step; its hooks act once."""
     model = make_model(kind, torch.float64)
     model.tokenizer.padding_side = "right"
-    texts = [request_texts(model, request, CONTEXTS) for request in REQUESTS]
+    texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
     config, points = ValueConfig(steps=8, learning_rate=0.1), [stream_point(1, "mlp_out")]
     with random_edit(model, 0, (1,)).applied(model):
-        fast = optimise_values(model, points, texts, config)
-        plain = optimise_values(model, points, texts, config, whole=True)
+        fast = optimize_values(model, points, texts, config)
+        plain = optimize_values(model, points, texts, config, whole=True)
     for a, b in zip(fast, plain, strict=True):
         assert (a.delta - b.delta).norm() <= 1e-5 * b.delta.norm()
 
@@ -246,7 +246,7 @@ def shared() -> TransformerBridge:
 def test_every_text_is_in_one_batch(subjects: list[str], more: list[str], price: int) -> None:
     small = shared()
     contexts = ["{}", *more]
-    texts = [request_texts(small, ad.EditRequest("{} plays the", s, "cello"), contexts) for s in subjects]
+    texts = [request_prompts(small, ad.EditRequest("{} plays the", s, "cello"), contexts) for s in subjects]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "TOKENS_PER_RUN", price)
         batches = suffix_batches(small, texts, Budget.of(small))

@@ -22,7 +22,7 @@ from attn_drift.data.case_files import Snippets
 from attn_drift.data.cases import Case
 from attn_drift.model.cache import cached
 from attn_drift.model.loading import disturbance, load_model, origin
-from attn_drift.prompts import request_texts
+from attn_drift.prompts import request_prompts
 from attn_drift.requests import SLOT
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Worker:
         fit, errors = list[Case](), list[dict[str, str]]()
         for case in job.cases:
             try:
-                request_texts(self.model, case.request, [SLOT])
+                request_prompts(self.model, case.request, [SLOT])
             except ValueError as error:
                 errors.append({"case": case.case_id, "error": f"ValueError: {error}"})
                 continue

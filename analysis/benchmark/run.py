@@ -53,7 +53,7 @@ def benchmark(
     address: str | None = None,
     retry_failed: bool = False,
 ) -> Results:
-    """Runs every method on every case, and summarises what the folder then holds.
+    """Runs every method on every case, and summarizes what the folder then holds.
 
     What the folder already holds of the same run is kept, so that an interrupted run goes on where it was; methods, and
     cases of the same file, may be added to it. The same seed gives the same table, whatever the engine and the order

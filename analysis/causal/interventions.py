@@ -17,12 +17,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from attn_drift.data.cases import Case, Task
 from attn_drift.edits.edit import Edit, applied_to_rows
 from attn_drift.model.changes import exclusive
-from attn_drift.model.hooks import Hook, attached, read, run
+from attn_drift.model.hooks import Hook, hooks_attached, read, run
 from attn_drift.model.loading import check_model
 from attn_drift.model.tokens import Completion, TokenBatch, encode_completion, pad
 from attn_drift.requests import find_subject
 
-ROWS_AT_ONCE = 256
+BATCH_ROWS = 256
 
 Activations = dict[str, Tensor]
 # The residual stream after a layer, or what the layer's attention or MLP adds to it.
@@ -121,7 +121,7 @@ class Batch:
     def p_right(self, hooks: Sequence[Hook] = ()) -> Float64[Tensor, " text"]:
         """Probability of the right objects, with hooks on top of the texts' edits."""
         edits = [text.edit for text in self.texts]
-        with torch.no_grad(), applied_to_rows(self.model, edits), attached(self.model, hooks):
+        with torch.no_grad(), applied_to_rows(self.model, edits), hooks_attached(self.model, hooks):
             logits = run(self.model, self.tokens)
         probabilities = []
         for row, completion in zip(range(len(self.texts)), self.completions, strict=True):
@@ -134,7 +134,7 @@ class Batch:
 
     def read(self, points: Sequence[str], hooks: Sequence[Hook] = (), stop: int | None = None) -> Activations:
         """Activations of these texts, with hooks on top of their edits; up to layer ``stop``."""
-        with applied_to_rows(self.model, [text.edit for text in self.texts]), attached(self.model, hooks):
+        with applied_to_rows(self.model, [text.edit for text in self.texts]), hooks_attached(self.model, hooks):
             return read(self.model, self.tokens, points, stop_at_layer=stop)
 
 
@@ -185,8 +185,8 @@ def outcomes(
 
 def _groups(completions: Sequence[Completion]) -> Iterator[tuple[int, ...]]:
     order = sorted(range(len(completions)), key=lambda i: len(completions[i].tokens))
-    for start in range(0, len(order), ROWS_AT_ONCE):
-        yield tuple(order[start : start + ROWS_AT_ONCE])
+    for start in range(0, len(order), BATCH_ROWS):
+        yield tuple(order[start : start + BATCH_ROWS])
 
 
 def _batch(

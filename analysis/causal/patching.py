@@ -15,7 +15,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.causal.interventions import Batch, Text, outcomes
-from attn_drift.model.hooks import Hook, attended, attending, head_output_point, head_value_point, pattern_point
+from attn_drift.model.hooks import (
+    Hook,
+    head_output_point,
+    head_value_point,
+    patch_pattern_hooks,
+    pattern_point,
+    pattern_times_values,
+)
 from attn_drift.model.loading import check_layer, check_model
 
 Head = tuple[int, int]
@@ -83,7 +90,7 @@ def patch_attention(
             return [
                 hook
                 for layer, chosen in by_layer.items()
-                for hook in attending(layer, _marked(batch, chosen, rows), patterns[pattern_point(layer)])
+                for hook in patch_pattern_hooks(layer, _marked(batch, chosen, rows), patterns[pattern_point(layer)])
             ]
         subject = batch.subject
 
@@ -218,7 +225,7 @@ def _in_order(
     for layer, chosen in by_layer.items():
         point = pattern_point(layer)
         own = batch.read([point], hooks, stop=layer + 1)[point]
-        hooks += attending(layer, _marked(batch, chosen, rows), change(own, layer))
+        hooks += patch_pattern_hooks(layer, _marked(batch, chosen, rows), change(own, layer))
     return hooks
 
 
@@ -227,7 +234,7 @@ def _check_writable(batch: Batch, layer: int) -> None:
     points = [pattern_point(layer), head_value_point(layer), head_output_point(layer)]
     store = batch.read(points, stop=layer + 1)
     pattern, values, z = (store[point] for point in points)
-    expected = attended(pattern.to(z), values)
+    expected = pattern_times_values(pattern.to(z), values)
     scale = z.abs().max()
     if (expected - z).abs().max() > TOLERANCE * scale:
         raise RuntimeError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.causal.interventions import Batch, Kind, Text, check_window, outcomes
-from attn_drift.model.hooks import Hook, stream_point, substituting
+from attn_drift.model.hooks import Hook, stream_point, substitute_hook
 from attn_drift.model.loading import check_layer, check_model
 from attn_drift.requests import find_subject
 
@@ -59,7 +59,7 @@ def substitute(
     def intervene(batch: Batch, donor: Batch) -> list[Hook]:
         where = batch.tokens.mask if positions == "all" else batch.last if positions == "last" else batch.subject
         source = donor.read(list(points.values()), stop=max(points) + 1)
-        return [substituting(point, where, source[point]) for point in points.values()]
+        return [substitute_hook(point, where, source[point]) for point in points.values()]
 
     return outcomes(model, recipients, donors, intervene if points else None)
 

@@ -1,6 +1,6 @@
 """Causal tracing: which activations carry an answer (ROME, Meng et al., 2202.05262, section 2.1).
 
-The embeddings of the subject are spoilt with noise, and single clean activations are written back:
+The embeddings of the subject are spoiled with noise, and single clean activations are written back:
 
     e_i <- e_i + noise * sd(E) * N(0, 1)    for the subject's tokens i, E the embedding matrix
 """
@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.causal import interventions
 from analysis.causal.interventions import Batch, Kind, Text, check_window, outcomes
-from attn_drift.model.hooks import embedding_point, shifting, stream_point, substituting
+from attn_drift.model.hooks import embedding_point, shift_hook, stream_point, substitute_hook
 from attn_drift.model.loading import check_model
 from attn_drift.model.tokens import encode_completion, pad
 
@@ -40,7 +40,7 @@ def causal_trace(
 ) -> pd.DataFrame:
     """Probability of the right object with a noisy subject, and with clean activations written back: ROME's tracing.
 
-    The last occurrence of the subject is spoilt. One token at a time is restored, and p averaged over the tokens of a
+    The last occurrence of the subject is spoiled. One token at a time is restored, and p averaged over the tokens of a
     place and over the draws. The places are the subject's first, middle and last token (a subject of one token has only
     the last), the tokens between it and the prompt-last one, and ``"last"``: the tokens at which the object is
     predicted (for an object of one token the prompt-last one, else all of them together). What comes before the subject
@@ -50,7 +50,7 @@ def causal_trace(
         model: the model.
         texts: the texts, each run under its edit throughout.
         kind: what is restored: ``"resid"``, ``"attn_out"`` or ``"mlp_out"``.
-        window: number of layers that are restored together, centred on ``layer`` and cut at the model's ends: from
+        window: number of layers that are restored together, centered on ``layer`` and cut at the model's ends: from
             ``layer - window // 2`` (ROME: 1 for the residual stream, 10 for the others).
         noise: standard deviation of the noise, in standard deviations of the entries of the token embeddings.
         draws: number of noises.
@@ -134,8 +134,8 @@ def _restored(
             marks[1 + i * n_layers + layer, first:stop, positions] = True
     clean = batch.read(points)
     parts = []
-    for start in range(0, len(marks) * draws, interventions.ROWS_AT_ONCE):
-        rows = torch.arange(start, min(start + interventions.ROWS_AT_ONCE, len(marks) * draws))
+    for start in range(0, len(marks) * draws, interventions.BATCH_ROWS):
+        rows = torch.arange(start, min(start + interventions.BATCH_ROWS, len(marks) * draws))
         parts.append(_run(batch, rows % draws, marks[rows // draws], points, clean, offsets))
     means = torch.cat(parts).view(len(marks), draws).mean(1)
     frame = pd.DataFrame(cells, columns=["place", "layer"]).assign(restored=means[1:].numpy())
@@ -152,8 +152,8 @@ def _run(
 ) -> Float64[Tensor, " row"]:
     """p(right) of rows of one text, each with a draw of noise and what it restores."""
     n = len(draws)
-    hooks = [shifting(embedding_point(), offsets[draws])]
+    hooks = [shift_hook(embedding_point(), offsets[draws])]
     for layer in marks.any(2).any(0).nonzero()[:, 0].tolist():
         source = clean[points[layer]].expand(n, -1, -1)
-        hooks.append(substituting(points[layer], marks[:, layer], source))
+        hooks.append(substitute_hook(points[layer], marks[:, layer], source))
     return _repeated(batch.model, batch.texts[0], n).p_right(hooks)

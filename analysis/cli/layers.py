@@ -93,7 +93,7 @@ def _table(found: "LayerScores", intervals: bool) -> "pd.DataFrame":
     """A row per layer, cells as text: how far the rule lets it come, probabilities, pairwise scores in percent."""
     import pandas as pd
 
-    from analysis.layers import EFFECT, MEANS, SHOWN, TASKS
+    from analysis.layers import EFFECT, MEANS, TABLE_METRICS, TASKS
 
     frame = found.to_frame()
     scales = [*((name, ".2f", 1) for name in MEANS), (EFFECT, "+.3f", 1), *((task, ".0f", 100) for task in TASKS)]
@@ -105,7 +105,7 @@ def _table(found: "LayerScores", intervals: bool) -> "pd.DataFrame":
             if name in frame:
                 low, high = (format(scale * row[f"{name}_{end}"], form.lstrip("+")) for end in ("low", "high"))
                 ends = f" [{low}, {high}]".replace(" ", "\u00a0") if intervals else ""
-                cells[SHOWN.get(name, name)] = format(scale * row[name], form) + ends
+                cells[TABLE_METRICS.get(name, name)] = format(scale * row[name], form) + ends
         rows.append(cells)
     return pd.DataFrame(rows)
 

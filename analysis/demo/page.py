@@ -3,7 +3,7 @@
 import pandas as pd
 
 from analysis import plots
-from analysis.demo.run import SHOWN, Demonstration
+from analysis.demo.run import TABLE_METRICS, Demonstration
 from analysis.methods import NONE
 from analysis.report import Section
 from attn_drift.edits.history import EditHistory
@@ -73,7 +73,7 @@ def _summary(shown: Demonstration) -> list[str]:
     table = shown.table()
     before, edited = table.loc[NONE], table.loc[shown.plain]
     said = [
-        f"{len(shown.cases)} facts of the demo model, each edited alone, the value optimised at layer {shown.layer} "
+        f"{len(shown.cases)} facts of the demo model, each edited alone, the value optimized at layer {shown.layer} "
         f"(seed {shown.seed}, {shown.seconds:.0f} s). Scores are percentages of texts on which the right object beats "
         "the wrong one; the columns ending in argmax count texts on which it is the model's first choice.",
         f"{shown.plain} makes the new fact (ES {edited['ES']:.0f}) and its paraphrases (PS {edited['PS']:.0f}), but "
@@ -95,7 +95,7 @@ def _with_intervals(shown: Demonstration) -> pd.DataFrame:
     """The table with an interval behind every mean, never broken across lines."""
     table = shown.table().reset_index()
     for row in shown.to_json()["rows"]:
-        for name in SHOWN:
+        for name in TABLE_METRICS:
             column, cell = name.replace("_", " "), row[name]
             text = f"{100 * cell['mean']:.1f} [{100 * cell['low']:.0f},\u00a0{100 * cell['high']:.0f}]"
             table[column] = table[column].astype(object)

@@ -24,7 +24,7 @@ SECOND_WORDING = "+rephrased"
 ROME, RESTRICTED, REPHRASED = "rome", "rome+sadr", f"rome+sadr{SECOND_WORDING}"
 
 # Of all scores, those of its table.
-SHOWN = ("ES", "PS", "NS", "DNS", "RS", "RS_argmax", "DNS_argmax")
+TABLE_METRICS = ("ES", "PS", "NS", "DNS", "RS", "RS_argmax", "DNS_argmax")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,7 +84,7 @@ class Demonstration:
         rows = self.to_json()["rows"]
         table = pd.DataFrame({"gamma": [row["gamma"] for row in rows]}, index=[row["editor"] for row in rows])
         table.index.name = "editor"
-        for name in SHOWN:
+        for name in TABLE_METRICS:
             table[name.replace("_", " ")] = [100 * row[name]["mean"] for row in rows]
         table["max head"] = [self.max_head(editor) for editor in table.index]
         return table

@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.causal.interventions import Text, outcomes
 from analysis.drift.measures import attention_drift
-from analysis.statistics import PERMUTATIONS, PERMUTATIONS_AT_ONCE, RESAMPLES, RESAMPLES_AT_ONCE, percentiles
+from analysis.statistics import BATCH_PERMUTATIONS, BATCH_RESAMPLES, LEAST_CASES, PERMUTATIONS, RESAMPLES, percentiles
 from attn_drift.attention import capture_attention
 from attn_drift.edits.edit import applied_to_rows
 from attn_drift.model.hooks import read, stream_point
@@ -32,8 +32,7 @@ from attn_drift.requests import find_subject
 
 MEASURES = ("max_head", "sum_heads", "row_kl", "all_subject", "hidden_state")
 EVERY = "all"
-TEXTS_AT_ONCE = 64
-LEAST_CASES = 3
+BATCH_TEXTS = 64
 # A variance (of unit variance as a whole) below this is none, and correlations closer than this are equal.
 ROUNDING = 1e-12
 
@@ -67,8 +66,8 @@ def measure(model: TransformerBridge, texts: Sequence[Text], layers: Sequence[in
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].text))  # little padding
     rows: dict[int, dict[str, float]] = {}
     with tqdm(total=len(texts), desc="measuring drift", leave=False) as progress:
-        for start in range(0, len(order), TEXTS_AT_ONCE):
-            part = order[start : start + TEXTS_AT_ONCE]
+        for start in range(0, len(order), BATCH_TEXTS):
+            part = order[start : start + BATCH_TEXTS]
             measured = _measures(model, [texts[i] for i in part], [chosen[i] for i in part])
             for row, i in enumerate(part):
                 rows[i] = {name: float(values[row]) for name, values in measured.items()}
@@ -214,8 +213,8 @@ def _correlate(
 def _standard(values: Float[Array, "text column"]) -> Float[Array, "text column"]:
     """Columns of mean 0 and variance 1; NaN where all values are the same."""
     constant = np.ptp(values, axis=0) == 0
-    centred = values - values.mean(0)
-    return np.asarray(centred / np.where(constant, np.nan, centred.std(0)))
+    centered = values - values.mean(0)
+    return np.asarray(centered / np.where(constant, np.nan, centered.std(0)))
 
 
 def _correlations(
@@ -223,8 +222,8 @@ def _correlations(
 ) -> Float[Array, "draw column column"]:
     """Pearson correlations of all columns, each text counted ``weights`` times; NaN where a column is constant."""
     total = weights.sum(1)[:, None, None]
-    centred = values - weights[:, None] @ values / total
-    covariance = (weights[:, :, None] * centred).swapaxes(1, 2) @ centred / total
+    centered = values - weights[:, None] @ values / total
+    covariance = (weights[:, :, None] * centered).swapaxes(1, 2) @ centered / total
     variance = np.diagonal(covariance, axis1=1, axis2=2)
     deviation = np.sqrt(np.where(variance > ROUNDING, variance, np.nan))
     return np.asarray(np.clip(covariance / (deviation[:, :, None] * deviation[:, None]), -1, 1))
@@ -247,8 +246,8 @@ def _resampled(
     """In draws of whole cases: Pearson correlations of all columns, Spearman correlations with the first."""
     rng, n = np.random.default_rng(seed), int(case.max()) + 1
     pearson, spearman = [], []
-    for _ in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
-        often = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES_AT_ONCE).astype(np.float64)[:, case]
+    for _ in range(0, RESAMPLES, BATCH_RESAMPLES):
+        often = rng.multinomial(n, np.full(n, 1 / n), size=BATCH_RESAMPLES).astype(np.float64)[:, case]
         pearson.append(_correlations(often, values[None]))
         spearman.append(_correlations(often, _ranks(often, values))[:, 0])
     return np.concatenate(pearson), np.concatenate(spearman)
@@ -273,8 +272,8 @@ def _permutation_p(values: Float[Array, "text column"], case: Array, task: Array
 
     observed = np.abs(correlation(values[None])[0])
     hits = np.ones(values.shape[1])
-    for start in range(0, PERMUTATIONS, PERMUTATIONS_AT_ONCE):
-        count = min(PERMUTATIONS_AT_ONCE, PERMUTATIONS - start)
+    for start in range(0, PERMUTATIONS, BATCH_PERMUTATIONS):
+        count = min(BATCH_PERMUTATIONS, PERMUTATIONS - start)
         donors = np.empty((count, n_cases), dtype=np.int64)
         donors[:, by_kind] = np.argsort(kind + rng.random((count, n_cases)), axis=1)
         givers = donors[:, case]

@@ -24,7 +24,7 @@ def head_kinds(model: TransformerBridge, texts: Sequence[str]) -> pd.DataFrame:
     eigenvalues of the head's circuit from tokens to logits, ``W_E W_V W_O W_U``, over the sum of their absolute values
     (Elhage et al., 2021, "A Mathematical Framework for Transformer Circuits"): 1 for a head that makes every token it
     looks at more likely, -1 for one that makes it less so. Layer norms are left out, and embeddings and unembeddings
-    centred over tokens, since what a head does whatever it looks at is no copying.
+    centered over tokens, since what a head does whatever it looks at is no copying.
 
     Returns:
         A row per head: ``layer``, ``head``, and one column per kind.

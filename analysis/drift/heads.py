@@ -53,7 +53,7 @@ class Placebo:
 
 
 def selected_heads(edits: Sequence[Edit]) -> pd.DataFrame:
-    """What the rule selected while values were optimised (`EditHistory.selected`).
+    """What the rule selected while values were optimized (`EditHistory.selected`).
 
     Returns:
         A row per edit, step, and head that was selected on some text: ``case`` (place in ``edits``), ``step``,
@@ -79,7 +79,7 @@ def selected_heads(edits: Sequence[Edit]) -> pd.DataFrame:
 
 
 def share_by_step(edits: Sequence[Edit]) -> pd.DataFrame:
-    """Mean share by step, layer and head over the edits that were still optimised at that step; 0 where none was held.
+    """Mean share by step, layer and head over the edits that were still optimized at that step; 0 where none was held.
 
     Columns ``step``, ``layer``, ``head``, ``share``, of the heads that were ever selected. Errors: `selected_heads`.
     """

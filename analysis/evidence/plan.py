@@ -16,12 +16,13 @@ from analysis.comparison import tradeoffs
 from analysis.comparison.tradeoffs import Point
 from analysis.comparison.wordings import further_wordings, without_wordings, worded
 from analysis.drift.head_types import told_twice
-from analysis.evidence import LEAST_CASES, check_cases, studies
+from analysis.evidence import check_cases, studies
 from analysis.scoring.score import check_texts
+from analysis.statistics import LEAST_CASES
 from attn_drift.data.cases import Case, Task
 from attn_drift.editors.rome import ROMEConfig
 from attn_drift.model.loading import check_model, fingerprint
-from attn_drift.prompts import request_texts
+from attn_drift.prompts import request_prompts
 from attn_drift.requests import EditRequest
 from attn_drift.restrictions.presets import preset_gamma
 from attn_drift.restrictions.sadr import SADR
@@ -108,10 +109,10 @@ class Plan:
         """Raises a ValueError for a text that the model cannot take, a RuntimeError where heads cannot be written."""
         for case in self.cases:
             check_texts(model, case)
-            request_texts(model, case.request, contexts)
+            request_prompts(model, case.request, contexts)
         for wordings in range(2, 2 + len(self.templates[0])):
             for request in self.requests(wordings):
-                request_texts(model, request, contexts)
+                request_prompts(model, request, contexts)
         told_twice(model, self.facts)
         first = self.cases[0]
         text = Text(first.case_id, "ES", first.request.question, first.request.target_new, first.request.subject, None)

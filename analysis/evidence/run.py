@@ -28,7 +28,7 @@ from analysis.evidence.folder import PAGE, SUMMARY, Evidence, table_path
 from analysis.evidence.page import sections
 from analysis.evidence.plan import Plan
 from analysis.evidence.studies import Edited
-from analysis.evidence.summary import summarise
+from analysis.evidence.summary import summarize
 from analysis.folder import CONFIG
 from analysis.methods import NONE
 from analysis.report import write_report
@@ -40,7 +40,7 @@ from attn_drift.restrictions.sadr import SADR
 
 log = logging.getLogger(__name__)
 
-EDITS_AT_ONCE = 16
+BATCH_EDITS = 16
 
 # What may differ in `studies.checks`: rounding, in float32.
 ROUNDING = 1e-4
@@ -87,7 +87,7 @@ def evidence(
 def _written(found: Evidence) -> Evidence:
     """The evidence, with its JSON file and its page."""
     with replacing(found.folder / SUMMARY) as temporary:
-        temporary.write_text(json.dumps(summarise(found), indent=1, allow_nan=False), encoding="utf-8")
+        temporary.write_text(json.dumps(summarize(found), indent=1, allow_nan=False), encoding="utf-8")
     title = f"Why edits of {found.config['model']['name']} break other knowledge"
     write_report(found.folder / PAGE, title, sections(found))
     return found
@@ -161,8 +161,8 @@ class _Run:
         plan = self.plan
         paths = [self.out / "edits" / f"{i:05d}.safetensors" for i in range(len(plan.cases))]
         missing = [i for i, path in enumerate(paths) if not path.is_file()]
-        for start in range(0, len(missing), EDITS_AT_ONCE):
-            part = missing[start : start + EDITS_AT_ONCE]
+        for start in range(0, len(missing), BATCH_EDITS):
+            part = missing[start : start + BATCH_EDITS]
             made = rome(
                 self.model,
                 [plan.cases[i].request for i in part],

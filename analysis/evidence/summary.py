@@ -27,7 +27,7 @@ NAMES = {
 }
 
 
-def summarise(found: Evidence) -> dict[str, Any]:
+def summarize(found: Evidence) -> dict[str, Any]:
     """Everything as JSON takes it; what is not defined is null."""
     summary = {
         **{key: found.config[key] for key in ("model", "cases", "studied", "wordings", "gamma", "seed")},

@@ -5,7 +5,7 @@ from analysis.plots.correlation import correlation
 from analysis.plots.heads import by_layer, head_map, heads_by_step
 from analysis.plots.layers import layer_scores
 from analysis.plots.moments import moment_convergence
-from analysis.plots.optimisation import loss_history
+from analysis.plots.optimization import loss_history
 from analysis.plots.scores import case_scatter, metric_bars, tradeoff
 from analysis.plots.sequences import retention
 

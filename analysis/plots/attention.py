@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from analysis.drift.measures import AttentionDrift, SubjectAttention
-from analysis.plots.style import BAND, DIVERGING, SEQUENTIAL, TEMPLATE, colours, label, visible
+from analysis.plots.style import BAND, DIVERGING, SEQUENTIAL, TEMPLATE, colors, label, visible
 from attn_drift.attention import AttentionCapture
 
 
@@ -17,7 +17,7 @@ def drift_heatmap(drifts: AttentionDrift | Mapping[str, AttentionDrift], measure
     """Layer x head: drift averaged over texts, red where an edit draws attention to the subject.
 
     Args:
-        drifts: one drift, or several by name, side by side with the same colours.
+        drifts: one drift, or several by name, side by side with the same colors.
         measure: a column of ``drift.to_frame()``.
 
     Raises:
@@ -147,11 +147,11 @@ def layer_maximum(attention: Mapping[str, SubjectAttention]) -> go.Figure:
         attention: by name, such as ``{"none": ..., "rome": ...}``.
     """
     figure = go.Figure()
-    for (name, values), colour in zip(attention.items(), colours(len(attention)), strict=True):
+    for (name, values), color in zip(attention.items(), colors(len(attention)), strict=True):
         per_text = values.last.amax(-1).numpy()
         mean = per_text.mean(0)
         sem = per_text.std(0, ddof=1) / np.sqrt(len(per_text)) if len(per_text) > 1 else np.zeros_like(mean)
-        _line_with_band(figure, values.layers, mean, 1.96 * sem, name, colour)
+        _line_with_band(figure, values.layers, mean, 1.96 * sem, name, color)
     figure.update_layout(
         title="Attention of the last token to the subject: maximum over heads",
         xaxis={"title": "layer", "dtick": 1},
@@ -162,18 +162,18 @@ def layer_maximum(attention: Mapping[str, SubjectAttention]) -> go.Figure:
 
 
 def _line_with_band(
-    figure: go.Figure, x: Sequence[int], mean: NDArray[np.floating], half: NDArray[np.floating], name: str, colour: str
+    figure: go.Figure, x: Sequence[int], mean: NDArray[np.floating], half: NDArray[np.floating], name: str, color: str
 ) -> None:
     edge = np.concatenate([mean + half, (mean - half)[::-1]])
     figure.add_scatter(
         x=[*x, *reversed(x)],
         y=edge,
         fill="toself",
-        fillcolor=colour,
+        fillcolor=color,
         opacity=BAND,
         line_width=0,
         hoverinfo="skip",
         showlegend=False,
         legendgroup=name,
     )
-    figure.add_scatter(x=list(x), y=mean, name=label(name), legendgroup=name, mode="lines+markers", line_color=colour)
+    figure.add_scatter(x=list(x), y=mean, name=label(name), legendgroup=name, mode="lines+markers", line_color=color)

@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from analysis.drift.correlation import EVERY, MEASURES
 from analysis.plots.scores import LEGEND, MARGINS, OPACITY, PANEL, PANELS_IN_A_ROW
-from analysis.plots.style import TEMPLATE, colours, label
+from analysis.plots.style import TEMPLATE, colors, label
 
 # Pixels between rows of panels: an axis with its title, and two lines over the next panel.
 GAP = 115
@@ -26,7 +26,7 @@ UNITS = {
 def correlation(
     frame: pd.DataFrame, table: pd.DataFrame | None = None, measures: Sequence[str] = MEASURES
 ) -> go.Figure:
-    """The fall of p(right) against each measure of drift: one panel per measure, one point per text, coloured by task.
+    """The fall of p(right) against each measure of drift: one panel per measure, one point per text, colored by task.
 
     Args:
         frame: from `analysis.drift.correlation.measure`.
@@ -61,14 +61,14 @@ def correlation(
     )
     for index, name in enumerate(measures):
         place = {"row": index // n_columns + 1, "col": index % n_columns + 1}
-        for task, colour in zip(tasks, colours(len(tasks) + 1)[1:], strict=True):
+        for task, color in zip(tasks, colors(len(tasks) + 1)[1:], strict=True):
             texts = frame[frame["task"] == task]
             figure.add_scatter(
                 x=texts[name],
                 y=texts["fall"],
                 customdata=[label(case) for case in texts["case"]],
                 mode="markers",
-                marker={"color": colour, "opacity": OPACITY, "size": 6},
+                marker={"color": color, "opacity": OPACITY, "size": 6},
                 cliponaxis=False,
                 name=label(task),
                 legendgroup=str(task),

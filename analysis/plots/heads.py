@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analysis.plots.scores import LEGEND
-from analysis.plots.style import BAND, DIVERGING, SEQUENTIAL, TEMPLATE, check_table, colours, faded, label
+from analysis.plots.style import BAND, DIVERGING, SEQUENTIAL, TEMPLATE, check_table, colors, faded, label
 
 PANELS_IN_A_ROW = 3
 PANEL = 270  # pixels, as are the next two
@@ -29,7 +29,7 @@ def by_layer(frame: pd.DataFrame, references: pd.DataFrame | None = None) -> go.
     check_table(frame, ["panel", "line", "layer", "mean"])
     panels, lines = list(frame["panel"].unique()), list(frame["line"].unique())
     levels = [] if references is None else list(references["line"].unique())
-    hues = dict(zip([*levels, *lines], colours(len(levels) + len(lines)), strict=True))
+    hues = dict(zip([*levels, *lines], colors(len(levels) + len(lines)), strict=True))
     figure, places = _grid(panels)
     for index, panel in enumerate(panels):
         for line in lines:
@@ -127,7 +127,7 @@ def head_map(frame: pd.DataFrame, title: str, unit: str = "") -> go.Figure:
 
 
 def heads_by_step(frame: pd.DataFrame) -> go.Figure:
-    """Which heads are selected at which step of an optimisation: one row per head, one panel per ``panel``.
+    """Which heads are selected at which step of an optimization: one row per head, one panel per ``panel``.
 
     Args:
         frame: ``panel``, ``step``, ``layer``, ``head``, ``share`` of texts (`analysis.drift.heads.share_by_step`).

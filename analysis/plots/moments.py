@@ -3,7 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.plots.style import TEMPLATE, check_table, colours
+from analysis.plots.style import TEMPLATE, check_table, colors
 from attn_drift.moments.convergence import THRESHOLD
 
 
@@ -21,7 +21,7 @@ def moment_convergence(frame: pd.DataFrame, threshold: float = THRESHOLD) -> go.
     check_table(frame, ["tokens", "layer", "change", "to_last"])
     figure = go.Figure()
     layers = list(frame["layer"].unique())
-    for layer, colour in zip(layers, colours(len(layers) + 1)[1:], strict=True):
+    for layer, color in zip(layers, colors(len(layers) + 1)[1:], strict=True):
         rows = frame[frame["layer"] == layer]
         for column, dash in {"change": "solid", "to_last": "dot"}.items():
             known = rows[rows[column] > 0]  # the first change is not known, the last distance zero
@@ -29,7 +29,7 @@ def moment_convergence(frame: pd.DataFrame, threshold: float = THRESHOLD) -> go.
                 x=known["tokens"],
                 y=known[column],
                 mode="lines+markers",
-                line={"color": colour, "dash": dash},
+                line={"color": color, "dash": dash},
                 name=f"L{layer}",
                 legendgroup=f"L{layer}",
                 showlegend=column == "change",

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analysis.plots.style import COLOURS, TEMPLATE, check_table, colours, faded, label
+from analysis.plots.style import COLORS, TEMPLATE, check_table, colors, faded, label
 from analysis.scoring.scores import Scores
 from attn_drift.data.cases import TASKS
 
@@ -17,7 +17,7 @@ from attn_drift.data.cases import TASKS
 CORNERS = ("top right", "bottom left", "bottom right", "top left")
 LEGEND = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0}
 WHISKER = 0.45
-WHISKER_COLOUR = "#222222"
+WHISKER_COLOR = "#222222"
 OPACITY = 0.5
 PADDING = 0.05
 ROUNDING = 1e-9
@@ -48,23 +48,23 @@ def tradeoff(frame: pd.DataFrame, x: str | Sequence[str] = ("DNS", "RS"), y: str
         raise ValueError(f"the column 'value' is of type {frame['value'].dtype}; expected numbers, names go to 'line'")
     figure = make_subplots(rows=1, cols=len(across), shared_yaxes=True, horizontal_spacing=0.12 / len(across))
     lines = frame.groupby("line", sort=False)
-    for index, ((name, rows), colour) in enumerate(zip(lines, colours(len(lines)), strict=True)):
+    for index, ((name, rows), color) in enumerate(zip(lines, colors(len(lines)), strict=True)):
         points = rows.sort_values("value", kind="stable")
         for column, score in enumerate(across, start=1):
             figure.add_scatter(
                 x=points[score],
                 y=points[y],
-                error_x=_error(points, score, colour),
-                error_y=_error(points, y, colour),
+                error_x=_error(points, score, color),
+                error_y=_error(points, y, color),
                 mode="lines+markers+text",
                 text=[f"{value:g}" for value in points["value"]],
                 textposition=CORNERS[index % len(CORNERS)],
-                textfont={"color": colour, "size": 11},
+                textfont={"color": color, "size": 11},
                 cliponaxis=False,
                 name=label(name),
                 legendgroup=str(name),
                 showlegend=column == 1,
-                line_color=colour,
+                line_color=color,
                 hovertemplate=f"%{{text}}: {label(score)} %{{x:.1%}}, {label(y)} %{{y:.1%}}"
                 f"<extra>{label(name)}</extra>",
                 row=1,
@@ -82,20 +82,20 @@ def tradeoff(frame: pd.DataFrame, x: str | Sequence[str] = ("DNS", "RS"), y: str
     return figure
 
 
-def _error(rows: pd.DataFrame, column: str, colour: str) -> dict[str, object] | None:
+def _error(rows: pd.DataFrame, column: str, color: str) -> dict[str, object] | None:
     low, high = f"{column}_low", f"{column}_high"
     if low not in rows or high not in rows:
         return None
-    return _whiskers(rows[column], rows[low], rows[high], faded(colour, WHISKER))
+    return _whiskers(rows[column], rows[low], rows[high], faded(color, WHISKER))
 
 
-def _whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, colour: str) -> dict[str, object]:
+def _whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, color: str) -> dict[str, object]:
     return {
         "type": "data",
         "symmetric": False,
         "array": (high - mean).to_numpy(),
         "arrayminus": (mean - low).to_numpy(),
-        "color": colour,
+        "color": color,
         "thickness": 1,
         "width": 2,
     }
@@ -133,18 +133,18 @@ def metric_bars(frame: pd.DataFrame) -> go.Figure:
     for column, panel in enumerate(panels, start=1):
         percent = panel is shared
         number = ".1%" if percent else ".4~g"
-        for editor, colour in zip(editors, colours(len(editors)), strict=True):
+        for editor, color in zip(editors, colors(len(editors)), strict=True):
             rows = cells.reindex(pd.MultiIndex.from_product([[editor], panel]))
             figure.add_bar(
                 x=list(range(len(panel))),
                 y=rows["mean"],
-                error_y=_whiskers(rows["mean"], rows["low"], rows["high"], WHISKER_COLOUR),
+                error_y=_whiskers(rows["mean"], rows["low"], rows["high"], WHISKER_COLOR),
                 customdata=list(zip(map(label, panel), rows["low"], rows["high"], strict=True)),
                 name=label(editor),
                 offsetgroup=str(editor),
                 legendgroup=str(editor),
                 showlegend=column == 1,
-                marker_color=colour,
+                marker_color=color,
                 hovertemplate=f"%{{customdata[0]}}: %{{y:{number}}} [%{{customdata[1]:{number}}}, "
                 f"%{{customdata[2]:{number}}}]<extra>{label(editor)}</extra>",
                 row=1,
@@ -213,7 +213,7 @@ def case_scatter(
             y=of_task["second"],
             customdata=[label(case) for case in of_task["case"]],
             mode="markers",
-            marker={"color": COLOURS[2], "opacity": OPACITY, "size": 7},
+            marker={"color": COLORS[2], "opacity": OPACITY, "size": 7},
             cliponaxis=False,
             name=label(task),
             showlegend=False,

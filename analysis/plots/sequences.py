@@ -13,7 +13,7 @@ from analysis.plots.scores import LEGEND
 from analysis.plots.style import TEMPLATE, label
 from analysis.sequences import EditSequence
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colors, which the color-blind tell apart.
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("dash", "dot", "dashdot", "longdash")
 
@@ -103,7 +103,7 @@ def _ends(rows: pd.DataFrame, column: str) -> list[str]:
 
 
 def _lines(sequences: Mapping[str, EditSequence]) -> dict[str, dict[str, Any]]:
-    """A colour for each editor with its settings, a dash for each restriction of it."""
+    """A color for each editor with its settings, a dash for each restriction of it."""
     methods = {name: Method.parse(sequence.method) for name, sequence in sequences.items()}
     editors = {name: (method.editor, *sorted(method.settings.items())) for name, method in methods.items()}
     hues = dict(zip(dict.fromkeys(editors.values()), cycle(HUES), strict=False))

@@ -1,4 +1,4 @@
-"""What the figures share: colours, template, labels."""
+"""What the figures share: colors, template, labels."""
 
 import html
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import pandas as pd
 
 DIVERGING = "RdBu"
 SEQUENTIAL = "Blues"
-COLOURS = (
+COLORS = (
     "#636363",
     "#d62728",
     "#1f77b4",
@@ -23,14 +23,14 @@ BAND = 0.15
 TEMPLATE = "simple_white"
 
 
-def colours(n: int) -> list[str]:
-    """The first ``n`` colours, from the start again when they run out."""
-    return [COLOURS[i % len(COLOURS)] for i in range(n)]
+def colors(n: int) -> list[str]:
+    """The first ``n`` colors, from the start again when they run out."""
+    return [COLORS[i % len(COLORS)] for i in range(n)]
 
 
-def faded(colour: str, opacity: float) -> str:
-    """A colour of ``COLOURS`` that lets what is behind it through."""
-    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
+def faded(color: str, opacity: float) -> str:
+    """A color of ``COLORS`` that lets what is behind it through."""
+    red, green, blue = bytes.fromhex(color.removeprefix("#"))
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.scoring.generation import Opening, check_room
+from analysis.scoring.generation import GenerationPrompt, check_room
 from analysis.scoring.score import check_input
-from analysis.scoring.score_and_generate import Question, answer, continuations
+from analysis.scoring.score_and_generate import CompletionQuery, answer, continuations
 from analysis.scoring.scores import Scores
 from attn_drift.data.cases import Case
 from attn_drift.edits.edit import Edit
@@ -81,7 +81,7 @@ def prose(
     """
     check_input(model, cases, edits)
     openings = [
-        Opening(edit, _prompt(model, case, place), LENGTH, _seed(seed, case.case_id, place))
+        GenerationPrompt(edit, _prompt(model, case, place), LENGTH, _seed(seed, case.case_id, place))
         for case, edit in zip(cases, [None] * len(cases) if edits is None else edits, strict=True)
         for place in range(len(case.generation))
     ]
@@ -149,7 +149,7 @@ def perplexity(
     check_input(model, cases, edits)
     completions = predicted(model, texts)
     per_case = [None] * len(cases) if edits is None else list(edits)
-    answers = answer(model, [Question(edit, completion) for edit in per_case for completion in completions])
+    answers = answer(model, [CompletionQuery(edit, completion) for edit in per_case for completion in completions])
     rows = [
         {
             "case": case.case_id,

@@ -22,7 +22,7 @@ TOP_K = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Opening:
+class GenerationPrompt:
     """A text to be continued.
 
     Attributes:
@@ -55,7 +55,10 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def continued(
-    model: TransformerBridge, prefixes: Prefixes, logits: Float[Tensor, "text vocab"], openings: Sequence[Opening]
+    model: TransformerBridge,
+    prefixes: Prefixes,
+    logits: Float[Tensor, "text vocab"],
+    openings: Sequence[GenerationPrompt],
 ) -> list[list[int]]:
     """The tokens that the model goes on with after texts that it has read, ``length`` of each.
 
@@ -77,12 +80,12 @@ def continued(
         # Those that have as many tokens as they need drop out.
         staying = (lengths[rows.cpu()] >= until).nonzero()[:, 0].to(rows.device)
         if len(staying) < len(rows):
-            rows, logits, prefixes = rows[staying], logits[staying], prefixes.picked(staying.tolist())
+            rows, logits, prefixes = rows[staying], logits[staying], prefixes.select(staying.tolist())
         with torch.no_grad(), attached_to_rows(model, [openings[row].edit for row in rows.tolist()]):
             while step < until:
                 if step:
                     suffixes = Suffixes.tokens(told[rows, step - 1])
-                    made, prefixes = prefixes.extended(model, suffixes, suffixes.last)
+                    made, prefixes = prefixes.extend(model, suffixes, suffixes.last)
                     logits = made[:, 0]
                 told[rows, step] = torch.where(greedy[rows], logits.argmax(1), _drawn(logits, noise[rows, step]))
                 step += 1

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.scoring.generation import Opening, check_room
-from analysis.scoring.score_and_generate import Answer, Question, ask
+from analysis.scoring.generation import GenerationPrompt, check_room
+from analysis.scoring.score_and_generate import CompletionQuery, CompletionScore, ask
 from analysis.scoring.scores import Scores
 from attn_drift.data.cases import TASKS, Case, Probe, Task
 from attn_drift.edits.edit import Edit
@@ -98,24 +98,26 @@ def _asked(model: TransformerBridge, case_id: str, task: Task, probe: Probe, edi
 class _Asked:
     """What the model is asked about a probe; making it raises a ValueError for one that cannot be scored."""
 
-    right: Question
-    wrong: Question | None
-    opening: Opening | None
+    right: CompletionQuery
+    wrong: CompletionQuery | None
+    opening: GenerationPrompt | None
 
     @classmethod
     def of(cls, model: TransformerBridge, task: Task, probe: Probe, edit: Edit | None) -> "_Asked":
         right = encode_completion(model, probe.text, probe.right)
-        wrong = None if probe.wrong is None else Question(edit, encode_completion(model, probe.text, probe.wrong))
+        wrong = (
+            None if probe.wrong is None else CompletionQuery(edit, encode_completion(model, probe.text, probe.wrong))
+        )
         if task in CHOICES:
-            return cls(Question(edit, right), wrong, None)
+            return cls(CompletionQuery(edit, right), wrong, None)
         accepted = [right, *(encode_completion(model, probe.text, alias) for alias in probe.aliases)]
         length = max(len(completion.target) for completion in accepted) + SPARE_TOKENS
-        opening = Opening(edit, right.tokens.head(right.prompt_last + 1), length)
+        opening = GenerationPrompt(edit, right.tokens.head(right.prompt_last + 1), length)
         check_room(model, opening.tokens, opening.length)
-        return cls(Question(edit, right), wrong, opening)
+        return cls(CompletionQuery(edit, right), wrong, opening)
 
 
-def _measures(probe: Probe, right: Answer, wrong: Answer | None) -> dict[str, Any]:
+def _measures(probe: Probe, right: CompletionScore, wrong: CompletionScore | None) -> dict[str, Any]:
     logp_right = right.log_probs.mean().item()
     measures = {
         "logp_right": logp_right,

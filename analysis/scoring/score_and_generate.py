@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.scoring.generation import Opening, check_room, continued, text_of
+from analysis.scoring.generation import GenerationPrompt, check_room, continued, text_of
 from analysis.scoring.prefix_tree import Ids, TokenTree
 from attn_drift.edits.edit import Edit, attached_to_rows, check_rows
 from attn_drift.inference.frozen_forward import fused, replaced
@@ -21,11 +21,11 @@ from attn_drift.model.tokens import Completion, own_tokenizer
 
 # What texts begin with is read once where that spares as many tokens. Far fewer than a run costs (TOKENS_PER_RUN):
 # stretches after as many others share one. On the demo model 32 and 100 take the same time, 1 and 400 more.
-WORTH = 32
+MIN_SHARED_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class CompletionQuery:
     """A completion, asked of the model under an edit (None: as it is)."""
 
     edit: Edit | None
@@ -33,7 +33,7 @@ class Question:
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class CompletionScore:
     """What the model gave the tokens of a completion.
 
     Attributes:
@@ -45,17 +45,17 @@ class Answer:
     first_choice: Bool[Tensor, " target"]
 
     @classmethod
-    def blank(cls, n: int) -> "Answer":
+    def blank(cls, n: int) -> "CompletionScore":
         """To be filled in; in float64, since the probability of a sentence is beyond the least float32."""
         return cls(torch.full((n,), torch.nan, dtype=torch.float64), torch.zeros(n, dtype=torch.bool))
 
 
-def answer(model: TransformerBridge, questions: Sequence[Question]) -> list[Answer]:
+def answer(model: TransformerBridge, questions: Sequence[CompletionQuery]) -> list[CompletionScore]:
     """Teacher-forced log-probabilities of many completions, each under its own edit."""
     return ask(model, questions, [])[0]
 
 
-def continuations(model: TransformerBridge, openings: Sequence[Opening]) -> list[str]:
+def continuations(model: TransformerBridge, openings: Sequence[GenerationPrompt]) -> list[str]:
     """The model's own continuations, of ``length`` tokens each.
 
     End tokens do not stop them and are left out; no word goes on across one.
@@ -69,8 +69,8 @@ def continuations(model: TransformerBridge, openings: Sequence[Opening]) -> list
 
 @exclusive
 def ask(
-    model: TransformerBridge, questions: Sequence[Question], openings: Sequence[Opening]
-) -> tuple[list[Answer], list[str]]:
+    model: TransformerBridge, questions: Sequence[CompletionQuery], openings: Sequence[GenerationPrompt]
+) -> tuple[list[CompletionScore], list[str]]:
     """`answer` to the questions and `continuations` of the openings, texts that both begin with read once."""
     for opening in openings:
         check_room(model, opening.tokens, opening.length)
@@ -145,9 +145,11 @@ class _Ended:
 class _Reading:
     """All questions and openings, their answers as far as they were found."""
 
-    def __init__(self, model: TransformerBridge, questions: Sequence[Question], openings: Sequence[Opening]) -> None:
+    def __init__(
+        self, model: TransformerBridge, questions: Sequence[CompletionQuery], openings: Sequence[GenerationPrompt]
+    ) -> None:
         self.model, self.questions, self.openings = model, questions, openings
-        self.answers = [Answer.blank(len(question.completion.target)) for question in questions]
+        self.answers = [CompletionScore.blank(len(question.completion.target)) for question in questions]
         self.told = [""] * len(openings)
 
     def chunks(self) -> Iterator[list[_Row]]:
@@ -205,16 +207,16 @@ class _Reading:
                 if before is None:
                     prefixes = Prefixes.none(self.model, [stretch.text for stretch in own])
                 else:
-                    prefixes = before.picked([place_before[stretch.parent] for stretch in own])
+                    prefixes = before.select([place_before[stretch.parent] for stretch in own])
                 logits, after = self._run(own, prefixes)
                 if any(stretch.openings for stretch in own):
                     ended.append(self._ended(own, logits, after))
                 going_on = [i for i, place in enumerate(group) if level[place] in parents]
                 if going_on:
-                    parts.append(after.picked(going_on))
+                    parts.append(after.select(going_on))
                     kept |= {level[group[i]]: len(kept) + n for n, i in enumerate(going_on)}
             if parts:
-                before, place_before = Prefixes.together(parts), kept
+                before, place_before = Prefixes.concat(parts), kept
             level = [place for place, stretch in enumerate(stretches) if stretch.parent in kept]
         return ended
 
@@ -223,7 +225,7 @@ class _Reading:
         stretches: list[_Stretch] = []
         for _, of_edit in groupby(rows, lambda row: id(row.edit)):
             own = list(of_edit)
-            tree = TokenTree.of([row.ids for row in own], [bool(row.openings) for row in own], WORTH)
+            tree = TokenTree.of([row.ids for row in own], [bool(row.openings) for row in own], MIN_SHARED_TOKENS)
             base = len(stretches)
             names = {place: row.text for row, leaf in zip(own, tree.leaves, strict=True) for place in tree.path(leaf)}
             for place, node in enumerate(tree.nodes):
@@ -250,7 +252,7 @@ class _Reading:
             columns[row, : len(positions)] = torch.tensor(positions, dtype=torch.long)
         suffixes = Suffixes.of(self.model, [stretch.ids for stretch in stretches])
         with attached_to_rows(self.model, [stretch.edit for stretch in stretches]):
-            logits, after = prefixes.extended(self.model, suffixes, columns.to(suffixes.ids.device))
+            logits, after = prefixes.extend(self.model, suffixes, columns.to(suffixes.ids.device))
         self._fill_in(stretches, read, logits.to(torch.promote_types(logits.dtype, torch.float32)))
         return logits, after
 
@@ -284,7 +286,7 @@ class _Reading:
         rows = [row for row, _ in same]
         last = torch.tensor([len(stretches[row].wanted) - 1 for row in rows], device=logits.device)
         at_end = logits[torch.tensor(rows, device=logits.device), last]
-        return _Ended(list(same.values()), at_end, read.picked(rows))
+        return _Ended(list(same.values()), at_end, read.select(rows))
 
     def _go_on(self, ended: list[_Ended]) -> None:
         """Continues all openings together, and takes the texts out of the list."""
@@ -293,7 +295,7 @@ class _Reading:
         logits, read = torch.cat([part.logits for part in ended]), [part.prefixes for part in ended]
         ended.clear()
         # Named nowhere, so that what was read is not held beside what it grows to.
-        ids = continued(self.model, Prefixes.together([read.pop(0) for _ in range(len(read))]), logits, longest)
+        ids = continued(self.model, Prefixes.concat([read.pop(0) for _ in range(len(read))]), logits, longest)
         tokenizer = own_tokenizer(self.model)
         for group, told in zip(groups, ids, strict=True):
             for i in group:

@@ -27,7 +27,7 @@ MEASURES = ("success", "argmax", "generated", "p_right", "p_wrong")
 PROSE = ("FL", "CS", "PPL")
 
 # Whose harmonic mean is S.
-SUMMARISED: tuple[Task, ...] = ("ES", "PS", "NS", "RS", "DNS")
+SUMMARIZED: tuple[Task, ...] = ("ES", "PS", "NS", "RS", "DNS")
 
 DTYPES = {
     "case": "str",
@@ -145,7 +145,7 @@ class Scores:
         Raises:
             KeyError: one of them was not measured.
         """
-        sums = [self.per_case(task) for task in SUMMARISED]
+        sums = [self.per_case(task) for task in SUMMARIZED]
         totals = pd.concat([s["total"] for s in sums], axis=1).fillna(0.0).to_numpy()
         counts = pd.concat([s["count"] for s in sums], axis=1).fillna(0.0).to_numpy()
         mean = harmonic_mean((totals.sum(0) / counts.sum(0))[None])[0]

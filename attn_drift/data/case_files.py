@@ -1,4 +1,4 @@
-"""Case files: CounterFact, zsRE, WikiData and the merged set, recognised by content, validated, streamed.
+"""Case files: CounterFact, zsRE, WikiData and the merged set, recognized by content, validated, streamed.
 
 A file is gone through once before anything else happens, so that what is wrong with a record comes to light before a
 model runs; its cases are then read again as they are needed. Of the file no more than a record and the identities of
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from attn_drift.data.cases import Case
 from attn_drift.data.json_lists import ListFile
-from attn_drift.data.records import FORMATS, RecordError, SnippetsRecord, checked, recognised, shortened
+from attn_drift.data.records import FORMATS, RecordError, SnippetsRecord, checked, recognize_format, shortened
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class _Reading:
                     self.skipped.append(f"record {index}: {error}")
 
     def _case(self, index: int, item: object) -> Case:
-        self.format = self.format or recognised(item)
+        self.format = self.format or recognize_format(item)
         record = checked(FORMATS[self.format], item)
         case = record.case(index)
         first = self._index_of.setdefault(case.case_id, index)

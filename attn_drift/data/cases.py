@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from attn_drift.requests import EditRequest
 
-# ES efficacy, PS paraphrase, NS neighbourhood, DNS distracting neighbourhood, RS relation; of the others the last has
+# ES efficacy, PS paraphrase, NS neighborhood, DNS distracting neighborhood, RS relation; of the others the last has
 # the edit sentence before the commonsense question.
 Task = Literal[
     "ES",

@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from attn_drift.data.cases import TASKS, Case, Probe, Task, distracting
 from attn_drift.requests import SLOT, EditRequest, find_subject
 
-SHOWN = 400
+TABLE_METRICS = 400
 LONGEST_ID = 200
 
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
@@ -45,7 +45,7 @@ class RecordError(ValueError):
         self.omitted = omitted
 
 
-def shortened(text: str, length: int = SHOWN) -> str:
+def shortened(text: str, length: int = TABLE_METRICS) -> str:
     """A text of any length, for messages."""
     return text if len(text) <= length else f"{text[:length]} ..."
 
@@ -124,7 +124,7 @@ Text = Annotated[Whole, AfterValidator(_not_blank)]
 Subject = Annotated[Text, AfterValidator(str.strip), AfterValidator(_without_slot)]
 # With the place of the subject, or with the subject, which gives way to the place; declared after ``subject``.
 Template = Annotated[Text, AfterValidator(_with_one_slot)]
-Question = Annotated[Text, AfterValidator(_templated), AfterValidator(_with_one_slot)]
+CompletionQuery = Annotated[Text, AfterValidator(_templated), AfterValidator(_with_one_slot)]
 OneText = Annotated[Text, BeforeValidator(_of_one)]
 Element = TypeVar("Element")
 # Of a long list of wrong values the first one is enough: an error per value would fill the memory.
@@ -259,7 +259,7 @@ class _Choice(Part):
 
 class _MergedRewrite(Part):
     subject: Subject
-    prompt: Question
+    prompt: CompletionQuery
     target_new: Text
     target_true: Text | None = None
     relation_id: Text | None = None
@@ -367,7 +367,7 @@ class ZsRERecord(Record):
     # First, since a record that is to be left out need not be right in other ways.
     alt: Annotated[Whole, AfterValidator(_given)]
     subject: Subject
-    src: Question
+    src: CompletionQuery
     answers: Many[Text] = []
     rephrase: Texts = []
     loc: Text | None = None
@@ -423,7 +423,7 @@ class WikiDataRecord(Record):
     new_object: ClassVar[str] = "target_new"
 
     subject: Subject
-    prompt: Annotated[Question, BeforeValidator(_of_one)]
+    prompt: Annotated[CompletionQuery, BeforeValidator(_of_one)]
     target_new: Text
     ground_truth: Names = []
     rephrase: Texts = []
@@ -455,7 +455,7 @@ FORMATS: dict[str, type[Record]] = {
 }
 
 
-def recognised(item: object) -> str:
+def recognize_format(item: object) -> str:
     """Name of the format of a record, by its keys.
 
     Raises:

@@ -10,7 +10,7 @@ from attn_drift.requests import EditRequest, fill
 
 # Of each relation's wordings: the edit's own, the one a rephrased edit adds, and those that measure paraphrases.
 EDIT, REPHRASING, PARAPHRASES = 0, 1, (2, 3, 4)
-NEIGHBOURS = 8
+NEIGHBORS = 8
 
 # Openings about a person, which the model continues.
 GENERATION = ("{}", "These days, {}", "I know that {}")
@@ -73,8 +73,8 @@ def _case(world: World, person: str, rng: random.Random) -> Case:
     new = rng.choice([o for o in relation.objects if o != old])
     request = EditRequest(relation.templates[EDIT], person, new, old)
     others = [p for p in world.people if p != person and world.facts[p][name] != new]
-    neighbours = tuple(
-        Probe(fill(relation.templates[EDIT], p), world.facts[p][name], new) for p in rng.sample(others, NEIGHBOURS)
+    neighbors = tuple(
+        Probe(fill(relation.templates[EDIT], p), world.facts[p][name], new) for p in rng.sample(others, NEIGHBORS)
     )
     elsewhere = tuple(
         Probe(fill(other.templates[template], person), world.facts[person][key], new)
@@ -88,8 +88,8 @@ def _case(world: World, person: str, rng: random.Random) -> Case:
         probes={
             "ES": (Probe(request.question, new, old),),
             "PS": tuple(Probe(fill(relation.templates[t], person), new, old) for t in PARAPHRASES),
-            "NS": neighbours,
-            "DNS": tuple(distracting(request, probe) for probe in neighbours),
+            "NS": neighbors,
+            "DNS": tuple(distracting(request, probe) for probe in neighbors),
             "RS": elsewhere,
         },
         generation=tuple(fill(opening, person) for opening in GENERATION),

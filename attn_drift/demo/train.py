@@ -126,10 +126,10 @@ def _train(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, config: 
     )
     log.info("training %d parameters for %d steps", sum(p.numel() for p in model.parameters()), config.steps)
     data = pack(world, tokenizer, seed + 1, config.steps * config.batch, config.length)
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
     )
-    schedule = get_cosine_schedule_with_warmup(optimiser, min(200, config.steps // 10), config.steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, config.steps // 10), config.steps)
     progress = tqdm(range(config.steps), desc="train")
     for step in progress:
         ids = data[step * config.batch : (step + 1) * config.batch]
@@ -138,10 +138,10 @@ def _train(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, config: 
         offset[::2] = 0
         positions = offset + torch.arange(config.length)
         loss = model(ids, position_ids=positions, labels=ids).loss
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")

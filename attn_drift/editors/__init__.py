@@ -1,1 +1,1 @@
-"""Editors: what becomes of an optimised value. One file each."""
+"""Editors: what becomes of an optimized value. One file each."""

@@ -13,17 +13,17 @@ from transformer_lens.model_bridge import TransformerBridge
 from attn_drift.checks import check_kind, check_list, check_pairs, describe
 from attn_drift.edits.edit import Edit
 from attn_drift.edits.history import EditHistory
-from attn_drift.edits.low_rank import LowRankUpdate, SeenUpdate
+from attn_drift.edits.low_rank import LowRankUpdate, MaskedUpdate
 from attn_drift.model.hooks import read
 from attn_drift.model.loading import down_projection, fingerprint
 from attn_drift.model.sampling import check_generator, sample_contexts
 from attn_drift.model.tokens import pad
 from attn_drift.moments.second_moment import SecondMoment
-from attn_drift.prompts import RequestTexts, RewritingText, request_texts
+from attn_drift.prompts import RequestPrompts, RewritingPrompt, request_prompts
 from attn_drift.requests import SLOT, EditRequest, check_contexts
 from attn_drift.restrictions.base import LossTerm, Restriction
 from attn_drift.values.optimize import restricted_by_updates
-from attn_drift.values.optimizer import OptimisedValue, ValueConfig
+from attn_drift.values.optimizer import OptimizedValue, ValueConfig
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def texts_of(
     contexts: Sequence[str] | None,
     lengths: Lengths,
     generator: torch.Generator | None,
-) -> list[RequestTexts]:
+) -> list[RequestPrompts]:
     """The texts of each request, in the contexts given, or in contexts sampled from the model.
 
     Raises:
@@ -110,7 +110,7 @@ def texts_of(
         _check_room(model, requests, lengths)
         contexts = sample_contexts(model, generator, lengths)
     contexts = check_contexts(contexts)
-    return [request_texts(model, request, contexts) for request in requests]
+    return [request_prompts(model, request, contexts) for request in requests]
 
 
 def _check_room(model: TransformerBridge, requests: Sequence[EditRequest], lengths: Lengths) -> None:
@@ -118,7 +118,7 @@ def _check_room(model: TransformerBridge, requests: Sequence[EditRequest], lengt
     # A full stop and a space follow the sampled tokens.
     room = model.cfg.n_ctx - max((length for length, _ in lengths), default=0) - 2
     for request in requests:
-        for text in request_texts(model, request, [SLOT]).rewriting:
+        for text in request_prompts(model, request, [SLOT]).rewriting:
             if len(text.completion.tokens) > room:
                 raise ValueError(
                     f"with a sampled context before it, the prompt ({len(text.completion.tokens)} tokens) has more "
@@ -129,10 +129,10 @@ def _check_room(model: TransformerBridge, requests: Sequence[EditRequest], lengt
 
 def with_results(
     model: TransformerBridge,
-    texts: Sequence[RequestTexts],
-    values: Sequence[OptimisedValue],
+    texts: Sequence[RequestPrompts],
+    values: Sequence[OptimizedValue],
     term: LossTerm | None,
-    updates: Mapping[int, SeenUpdate],
+    updates: Mapping[int, MaskedUpdate],
 ) -> list[EditHistory]:
     """The histories of all requests, with what the restriction comes to under the updates as they are written."""
     histories = [value.history for value in values]
@@ -181,7 +181,7 @@ def warn_of_explosion(model: TransformerBridge, edit: Edit, moments: Mapping[int
 
 
 def at_subjects(
-    model: TransformerBridge, points: Sequence[str], texts: Sequence[RewritingText], stop: int
+    model: TransformerBridge, points: Sequence[str], texts: Sequence[RewritingPrompt], stop: int
 ) -> list[Float[Tensor, "text width"]]:
     """The activations at the subject-last tokens of some texts, at each of some points below layer ``stop``."""
     batch = pad(model, [text.completion.tokens for text in texts])

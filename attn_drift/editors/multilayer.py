@@ -32,7 +32,7 @@ from attn_drift.moments.second_moment import SecondMoment, sampled_moments
 from attn_drift.presets import load_preset, warn_once
 from attn_drift.requests import EditRequest
 from attn_drift.restrictions.base import Restriction, bind_restriction
-from attn_drift.values.optimize import groups, optimise_values
+from attn_drift.values.optimize import groups, optimize_values
 from attn_drift.values.optimizer import ValueConfig, Writing
 
 Config = TypeVar("Config", bound="MultiLayerConfig")
@@ -47,12 +47,12 @@ DEPTH, MOST_LAYERS, LAYERS_SHARE = 0.27, 5, 1 / 6
 
 @dataclass(frozen=True, kw_only=True)
 class MultiLayerConfig(ValueConfig, ABC):
-    """How a value is optimised, and which layers it is written into.
+    """How a value is optimized, and which layers it is written into.
 
     Attributes:
         layers: the edited layers, in ascending order.
         context_lengths: of the contexts that are sampled when none are handed in, see `sample_contexts`.
-        restricted: what a restriction looks at while a value is optimised: the optimised vector at the last edited
+        restricted: what a restriction looks at while a value is optimized: the optimized vector at the last edited
             layer, above which it holds (``"value"``, as published), or the update as it would be written into all
             layers, above the first of them (``"update"``).
     """
@@ -103,7 +103,7 @@ class MultiLayerConfig(ValueConfig, ABC):
 
     @property
     def points(self) -> list[str]:
-        """Where vectors are optimised; the first is written."""
+        """Where vectors are optimized; the first is written."""
         return [self.site.point]
 
     @property
@@ -132,7 +132,7 @@ def edit_batches(
     after: Edit | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Edit]:
-    """One edit for each batch of requests; all values are optimised together, each batch is written on its own.
+    """One edit for each batch of requests; all values are optimized together, each batch is written on its own.
 
     Arguments and errors are those of `memit`; ``after`` is an earlier edit that is in effect meanwhile.
     """
@@ -155,14 +155,14 @@ def edit_batches(
     grouped = [list(islice(remaining, len(batch))) for batch in requests]
     updates: list[dict[int, LowRankUpdate]] = []
     histories: list[EditHistory] = []
-    # Where a restriction looks at the updates of a batch, all its values are optimised at once.
+    # Where a restriction looks at the updates of a batch, all its values are optimized at once.
     budget = Budget.of(model, restrict is not None)
     chunks = [grouped] if config.restricted == "value" else groups(budget, grouped, whole=True)
     with nullcontext() if after is None else after.applied(model):
         for chunk in chunks:
             spread = Spread(model, chunk, config.layers, directions, config.site)
             texts = [request for batch in chunk for request in batch]
-            values = optimise_values(model, config.points, texts, config, term, _writing(spread, config))
+            values = optimize_values(model, config.points, texts, config, term, _writing(spread, config))
             found = spread.of(torch.stack([value.deltas for value in values]))
             updates += spread.by_batch(found)
             histories += with_results(model, texts, values, term, spread.by_request(found))
@@ -173,7 +173,7 @@ def edit_batches(
 
 
 def _writing(spread: Spread, config: MultiLayerConfig) -> Writing | None:
-    """What a restriction looks at instead of the optimised vector, if that is asked."""
+    """What a restriction looks at instead of the optimized vector, if that is asked."""
     return None if config.restricted == "value" else lambda deltas: spread.by_request(spread.of(deltas))
 
 

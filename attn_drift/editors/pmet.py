@@ -1,8 +1,8 @@
-"""PMET: the value of the MLP alone, optimised beside one of attention (Li et al., 2308.08742; method.md, section 4).
+"""PMET: the value of the MLP alone, optimized beside one of attention (Li et al., 2308.08742; method.md, section 4).
 
     R_l = (Z - Z_now) / sqrt(layers left),   Delta_l = R_l K_l^T (lambda C_l + K_l K_l^T)^-1
 
-Two vectors are optimised, at the outputs of the MLP and of attention of the last edited layer. What attention could do
+Two vectors are optimized, at the outputs of the MLP and of attention of the last edited layer. What attention could do
 is left to the second, so that the first, Z's, is the MLP's own; only the first is written.
 """
 

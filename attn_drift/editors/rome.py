@@ -31,17 +31,17 @@ from attn_drift.editors.base import (
     with_results,
 )
 from attn_drift.edits.edit import Edit
-from attn_drift.edits.low_rank import LowRankUpdate, SeenUpdate, concatenated
+from attn_drift.edits.low_rank import LowRankUpdate, MaskedUpdate, concat_updates
 from attn_drift.model.changes import exclusive
 from attn_drift.model.hooks import key_point, value_point
 from attn_drift.model.loading import check_finite, check_layer, check_model, float64_device
 from attn_drift.model.sampling import ROME_LENGTHS
 from attn_drift.moments.second_moment import FactoredMoment, SecondMoment, sampled_moment
 from attn_drift.presets import load_preset, warn_once
-from attn_drift.prompts import RequestTexts
+from attn_drift.prompts import RequestPrompts
 from attn_drift.requests import EditRequest
 from attn_drift.restrictions.base import Restriction, bind_restriction
-from attn_drift.values.optimize import optimise_values
+from attn_drift.values.optimize import optimize_values
 from attn_drift.values.optimizer import ValueConfig
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def rome(
 
     Args:
         model: the model.
-        requests: one request gives an `Edit`, a sequence gives a list of single edits, optimised together.
+        requests: one request gives an `Edit`, a sequence gives a list of single edits, optimized together.
         config: settings; `ROMEConfig.for_model(model)` when None.
         contexts: templates that end in ``{}``, where the prompt goes; the empty one, ``"{}"``, is always first.
             `sample_contexts` when None.
@@ -183,11 +183,11 @@ def rome(
     if moment is None:
         moment = sampled_moment(model, config.layer)
         factored = moment.factored(config.ridge, float64_device(model))
-    values = optimise_values(model, [value_point(config.layer)], texts, config, term)
+    values = optimize_values(model, [value_point(config.layer)], texts, config, term)
     weights = [_direction(model, config, request, factored) for request in texts]
     updates = [_update(weight, value.delta) for weight, value in zip(weights, values, strict=True)]
-    every = concatenated(updates)
-    seen = SeenUpdate(every.keys, every.values, torch.eye(len(updates), dtype=torch.bool))
+    every = concat_updates(updates)
+    seen = MaskedUpdate(every.keys, every.values, torch.eye(len(updates), dtype=torch.bool))
     histories = with_results(model, texts, values, term, {config.layer: seen})
     batches, by_layer = [[request] for request in several], [{config.layer: update} for update in updates]
     edits = finished(model, config.editor, config, restrict, batches, by_layer, histories)
@@ -201,7 +201,7 @@ def _update(weight: Float64[Tensor, " d_mlp"], delta: Float[Tensor, " d_model"])
 
 
 def _direction(
-    model: TransformerBridge, config: ROMEConfig, texts: RequestTexts, moment: FactoredMoment
+    model: TransformerBridge, config: ROMEConfig, texts: RequestPrompts, moment: FactoredMoment
 ) -> Float64[Tensor, " d_mlp"]:
     """The direction in key space that the update of a request answers to."""
     keys = subject_keys(model, config.layer, texts)
@@ -212,13 +212,13 @@ def _direction(
     return key_direction(keys, texts, moment)
 
 
-def subject_keys(model: TransformerBridge, layer: int, texts: RequestTexts) -> Float[Tensor, "text d_mlp"]:
+def subject_keys(model: TransformerBridge, layer: int, texts: RequestPrompts) -> Float[Tensor, "text d_mlp"]:
     """The keys of the rewriting texts at their subject-last tokens."""
     return at_subjects(model, [key_point(layer)], texts.rewriting, layer + 1)[0]
 
 
 def key_direction(
-    keys: Float[Tensor, "text d_mlp"], texts: RequestTexts, moment: FactoredMoment
+    keys: Float[Tensor, "text d_mlp"], texts: RequestPrompts, moment: FactoredMoment
 ) -> Float64[Tensor, " d_mlp"]:
     """The direction ``w`` in key space that ROME's update answers to: ``u / (u . k0)``."""
     keys = keys.to(moment.factor)
@@ -244,7 +244,7 @@ def constrained_direction(keys: Float[Tensor, "d_mlp m"], moment: FactoredMoment
     return direction
 
 
-def _wording_keys(keys: Float[Tensor, "text d_mlp"], texts: RequestTexts) -> Float[Tensor, "d_mlp m"]:
+def _wording_keys(keys: Float[Tensor, "text d_mlp"], texts: RequestPrompts) -> Float[Tensor, "d_mlp m"]:
     """Of each wording the context-free key, and the mean of its keys where it has others."""
     columns = []
     for wording in range(len(texts.request.wordings)):

@@ -2,7 +2,7 @@
 
     R_l = (Z - Z_now) / share(layers left),   Delta_l = R_l D_l^T      for each layer l in order
 
-Z is the activation at the site of the last edited layer and the subject-last token, plus the optimised delta; Z_now and
+Z is the activation at the site of the last edited layer and the subject-last token, plus the optimized delta; Z_now and
 the keys, from which an editor makes its directions D_l, are read anew after each layer. A request of several wordings
 has a column for each.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.editors.base import at_subjects
-from attn_drift.edits.low_rank import LowRankUpdate, SeenUpdate
-from attn_drift.model.hooks import Hook, attached, key_point, updating
+from attn_drift.edits.low_rank import LowRankUpdate, MaskedUpdate
+from attn_drift.model.hooks import Hook, hooks_attached, key_point, low_rank_update_hooks
 from attn_drift.model.loading import float64_device
-from attn_drift.prompts import RequestTexts, RewritingText
+from attn_drift.prompts import RequestPrompts, RewritingPrompt
 from attn_drift.values.forward_passes import Deltas
 
 # Texts that are read in one run.
-ROWS_AT_ONCE = 256
+BATCH_ROWS = 256
 
 Keys = Float64[Tensor, "d_mlp n"]
 # What an editor makes of the keys that are written into a layer together: one direction in key space for each.
@@ -61,7 +61,7 @@ class LayerUpdate:
 
 
 class Spread:
-    """The updates that write optimised values into several layers.
+    """The updates that write optimized values into several layers.
 
     Args:
         model: the model.
@@ -74,7 +74,7 @@ class Spread:
     def __init__(
         self,
         model: TransformerBridge,
-        batches: Sequence[Sequence[RequestTexts]],
+        batches: Sequence[Sequence[RequestPrompts]],
         layers: Sequence[int],
         directions: Directions,
         site: Site,
@@ -140,18 +140,18 @@ class Spread:
             for own in self._members()
         ]
 
-    def by_request(self, found: Mapping[int, LayerUpdate]) -> dict[int, SeenUpdate]:
+    def by_request(self, found: Mapping[int, LayerUpdate]) -> dict[int, MaskedUpdate]:
         """The updates as each request sees them."""
-        return self._seen_by(found, self.request_batch)
+        return self._masked_by(found, self.request_batch)
 
     def _members(self) -> list[Int[Tensor, " own"]]:
         """The columns of each batch."""
         return [(self.batch == b).nonzero()[:, 0] for b in range(self.n_batches)]
 
-    def _seen_by(self, found: Mapping[int, LayerUpdate], batch: Int[Tensor, " row"]) -> dict[int, SeenUpdate]:
+    def _masked_by(self, found: Mapping[int, LayerUpdate], batch: Int[Tensor, " row"]) -> dict[int, MaskedUpdate]:
         """The updates of each row's own batch."""
         seen = batch[:, None] == self.batch
-        return {layer: SeenUpdate(update.directions, update.residuals, seen) for layer, update in found.items()}
+        return {layer: MaskedUpdate(update.directions, update.residuals, seen) for layer, update in found.items()}
 
     def _read(
         self, layer: int, found: Mapping[int, LayerUpdate]
@@ -159,22 +159,22 @@ class Spread:
         """Keys of ``layer`` in all texts, and the site's activation in the context-free ones, under updates."""
         points = [key_point(layer), self.site.point]
         read: list[list[Tensor]] = []
-        seen = self._seen_by(found, self.row_batch)
-        for start in range(0, len(self.rows), ROWS_AT_ONCE):
-            own = slice(start, start + ROWS_AT_ONCE)
+        seen = self._masked_by(found, self.row_batch)
+        for start in range(0, len(self.rows), BATCH_ROWS):
+            own = slice(start, start + BATCH_ROWS)
             hooks: list[Hook] = []
             for done, update in seen.items():
                 rows = update.of(torch.arange(len(self.rows))[own])
-                hooks += updating(done, rows.keys.detach(), rows.values.detach(), rows.seen)
-            with attached(self.model, hooks):
+                hooks += low_rank_update_hooks(done, rows.keys.detach(), rows.values.detach(), rows.seen)
+            with hooks_attached(self.model, hooks):
                 read.append(at_subjects(self.model, points, self.rows[own], self.layers[-1] + 1))
         keys, site = (torch.cat([part[i] for part in read]).to(self.alone.device) for i in range(2))
         return keys, site[self.alone]
 
 
-def _by_wording(request: RequestTexts) -> list[list[RewritingText]]:
+def _by_wording(request: RequestPrompts) -> list[list[RewritingPrompt]]:
     """The texts of each wording, the context-free one first."""
-    found: list[list[RewritingText]] = [[] for _ in request.request.wordings]
+    found: list[list[RewritingPrompt]] = [[] for _ in request.request.wordings]
     for text in request.rewriting:
         found[text.wording].append(text)
     return found

@@ -12,9 +12,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.edits.files import EditFile, StoredEdit
 from attn_drift.edits.history import EditHistory
-from attn_drift.edits.low_rank import LowRankUpdate, WrittenModel, concatenated, identities, rewrite
+from attn_drift.edits.low_rank import LowRankUpdate, WrittenModel, concat_updates, identities, rewrite
 from attn_drift.model.changes import claimed
-from attn_drift.model.hooks import Hook, attached, in_effect, updating
+from attn_drift.model.hooks import Hook, hooks_attached, in_effect, low_rank_update_hooks
 from attn_drift.model.loading import check_layer, down_projection, fingerprint
 from attn_drift.requests import EditRequest
 
@@ -31,7 +31,7 @@ class Edit:
         fingerprint: of the model that it was made for.
         model_name: of that model, for messages.
         method: the editor and its settings, for the record.
-        histories: of the optimisation, one for each request; empty where they are not known.
+        histories: of the optimization, one for each request; empty where they are not known.
         parts: the edits that a sum was made of, none of them a sum; so that none counts twice.
     """
 
@@ -97,8 +97,8 @@ class Edit:
             hooks: list[Hook] = []
             for layer, update in self.updates.items():
                 here = update.to(down_projection(model, layer).device)
-                hooks += updating(layer, here.keys, here.values)
-            with attached(model, hooks, self.leaves()):
+                hooks += low_rank_update_hooks(layer, here.keys, here.values)
+            with hooks_attached(model, hooks, self.leaves()):
                 yield
 
     def write_to(self, model: TransformerBridge) -> None:
@@ -242,7 +242,7 @@ def compose(edits: Edit | Sequence[Edit]) -> Edit:
     known = all(len(edit.histories) == len(edit.requests) for edit in edits)
     return Edit(
         updates={
-            layer: concatenated([edit.updates[layer] for edit in edits if layer in edit.updates]) for layer in layers
+            layer: concat_updates([edit.updates[layer] for edit in edits if layer in edit.updates]) for layer in layers
         },
         requests=tuple(request for edit in edits for request in edit.requests),
         fingerprint=leaves[0].fingerprint,
@@ -310,11 +310,11 @@ def attached_to_rows(model: TransformerBridge, edits: Sequence[Edit | None]) -> 
     for layer in sorted({layer for edit in given for layer in edit.updates}):
         present = [edit for edit in given if layer in edit.updates]
         device = down_projection(model, layer).device
-        update = concatenated([edit.updates[layer].to(device) for edit in present])
+        update = concat_updates([edit.updates[layer].to(device) for edit in present])
         ranks = torch.tensor([edit.updates[layer].rank for edit in present])
         # Of each rank, and of each text, the edit; -1 where a text has none of these.
         place = {edit: i for i, edit in enumerate(present)}
         of_rank = torch.arange(len(present)).repeat_interleave(ranks)
         of_text = torch.tensor([-1 if edit is None else place.get(edit, -1) for edit in edits])
-        hooks += updating(layer, update.keys, update.values, (of_text[:, None] == of_rank).to(device))
-    return attached(model, hooks, [leaf for edit in given for leaf in edit.leaves()])
+        hooks += low_rank_update_hooks(layer, update.keys, update.values, (of_text[:, None] == of_rank).to(device))
+    return hooks_attached(model, hooks, [leaf for edit in given for leaf in edit.leaves()])

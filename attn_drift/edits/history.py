@@ -1,4 +1,4 @@
-"""What happened while a value was optimised."""
+"""What happened while a value was optimized."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class EditHistory:
             ``p_target`` the probability of the whole target, averaged over the rewriting texts.
         selected: share of the rewriting texts on which a restriction selected a head; None without a restriction.
         resulted: the weighted restriction term under the update as written, where the last row of ``restriction`` is
-            that of what it looked at while the vector was optimised; None where it was not measured.
+            that of what it looked at while the vector was optimized; None where it was not measured.
         first_choice: per evaluation the share of the rewriting texts on which every token of the target is the model's
             first choice; None where it was not measured.
     """

@@ -57,7 +57,7 @@ class LowRankUpdate:
         return (weight.to(dtype) + delta).to(weight.dtype)
 
 
-def concatenated(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
+def concat_updates(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
     """The updates of one layer as one, of the sum of their ranks."""
     served = [update.served for update in updates if update.served is not None]
     return LowRankUpdate(
@@ -68,18 +68,18 @@ def concatenated(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
 
 
 @dataclass(frozen=True, eq=False)
-class SeenUpdate:
+class MaskedUpdate:
     """A low-rank update of one layer, and which of its ranks are in effect for each request."""
 
     keys: Float[Tensor, "rank d_mlp"]
     values: Float[Tensor, "rank d_model"]
     seen: Bool[Tensor, "request rank"]
 
-    def of(self, requests: Int[Tensor, " own"]) -> "SeenUpdate":
+    def of(self, requests: Int[Tensor, " own"]) -> "MaskedUpdate":
         """As some of the requests see it, in any order and number; ranks that none of them sees are left out."""
         seen = self.seen[requests.to(self.seen.device)]
         ranks = seen.any(0)
-        return SeenUpdate(self.keys[ranks], self.values[ranks], seen[:, ranks])
+        return MaskedUpdate(self.keys[ranks], self.values[ranks], seen[:, ranks])
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,9 +45,9 @@ def _same_epsilon(norm: NormalizationBridge) -> bool:
 
 
 class Constants:
-    """What modules put out that does not depend on what is optimised: recorded in one run, put in place in later ones.
+    """What modules put out that does not depend on what is optimized: recorded in one run, put in place in later ones.
 
-    A module is constant if it takes no gradient in a run in which all that is optimised does. Those inside a constant
+    A module is constant if it takes no gradient in a run in which all that is optimized does. Those inside a constant
     one are not run either, and their hooks do not fire.
     """
 

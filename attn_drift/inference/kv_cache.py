@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from attn_drift.inference.memory import Budget, Size
-from attn_drift.model.hooks import attached, check_logits, gathering
+from attn_drift.model.hooks import check_logits, gather_hook, hooks_attached
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +53,12 @@ class Prefixes:
             if any(own):
                 suffixes = Suffixes.of(model, own)
                 with torch.no_grad():
-                    part = part.extended(model, suffixes, suffixes.last[:, :0])[1]
+                    part = part.extend(model, suffixes, suffixes.last[:, :0])[1]
             parts.append(part)
-        return cls.together(parts)
+        return cls.concat(parts)
 
     @classmethod
-    def together(cls, parts: Sequence["Prefixes"]) -> "Prefixes":
+    def concat(cls, parts: Sequence["Prefixes"]) -> "Prefixes":
         """Several, one after the other."""
         if len(parts) == 1:
             return parts[0]
@@ -83,7 +83,7 @@ class Prefixes:
         layer, before = self.cache.layers[i], width - self.mask.shape[1]
         return pad(layer.keys, (0, 0, before, 0)), pad(layer.values, (0, 0, before, 0))
 
-    def picked(self, rows: Sequence[int]) -> "Prefixes":
+    def select(self, rows: Sequence[int]) -> "Prefixes":
         """Some of the texts, in any order and number; columns in which none has a token are left out."""
         mask = self.mask[torch.tensor(rows, device=self.mask.device)]
         start = mask.shape[1] - int(mask.sum(1).max())
@@ -113,12 +113,12 @@ class Prefixes:
         visible = torch.cat([self.mask, torch.ones_like(suffixes.mask)], dim=1).long()
         fork = _changed(self.cache, lambda kept: kept)
         options = {"attention_mask": visible, "past_key_values": fork, "return_type": "logits"}
-        with attached(model, [gathering(columns)]):
+        with hooks_attached(model, [gather_hook(columns)]):
             logits: Tensor = model(suffixes.ids, **options)
         check_logits(model, logits, suffixes.mask.gather(1, columns), self.names)
         return logits, fork
 
-    def extended(
+    def extend(
         self, model: TransformerBridge, suffixes: "Suffixes", columns: Int[Tensor, "text read"]
     ) -> tuple[Float[Tensor, "text read vocab"], "Prefixes"]:
         """As `run_on`, with the texts that were read then in place of the cache."""

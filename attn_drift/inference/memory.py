@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 # Of what is free.
 SHARE = 0.5
 # Tokens in a run, filling included: beyond, time per token no longer falls.
-TOKENS_AT_ONCE = 2**14
+BATCH_TOKENS = 2**14
 # What a run costs beside its tokens, in tokens.
 TOKENS_PER_RUN = 400
 
@@ -72,7 +72,7 @@ class Budget:
     def most_rows(self, size: Size, gradients: bool = False) -> int:
         """How many rows of a size fit into a run, one at least."""
         held = estimate(self.model, replace(size, rows=1), gradients, gradients and self.restricted)
-        return max(1, min(TOKENS_AT_ONCE // max(1, size.new), int(self.bytes / max(1, held))))
+        return max(1, min(BATCH_TOKENS // max(1, size.new), int(self.bytes / max(1, held))))
 
 
 def estimate(model: TransformerBridge, size: Size, gradients: bool = False, restricted: bool = False) -> int:

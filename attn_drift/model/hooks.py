@@ -81,7 +81,7 @@ def embedding_point() -> str:
     return "embed.hook_out"
 
 
-def attached(
+def hooks_attached(
     model: TransformerBridge, hooks: Sequence[Hook], sources: Sequence[object] = ()
 ) -> AbstractContextManager[None]:
     """A block with hooks attached; on exit, exceptions and interrupts included, these and no others are removed.
@@ -120,7 +120,7 @@ def outputs_observed(
     return block(Observation(model, components(model), observe))
 
 
-def reading(points: Sequence[str], store: dict[str, Tensor]) -> list[Hook]:
+def read_hooks(points: Sequence[str], store: dict[str, Tensor]) -> list[Hook]:
     """Hooks that put the activations at ``points`` into ``store`` on every run, gradients kept."""
 
     def reader(point: str) -> Hook:
@@ -132,10 +132,12 @@ def reading(points: Sequence[str], store: dict[str, Tensor]) -> list[Hook]:
     return [reader(point) for point in points]
 
 
-def adding(point: str, columns: Int[Tensor, " text"], vectors: Callable[[], Float[Tensor, "text d_model"]]) -> Hook:
+def add_vector_hook(
+    point: str, columns: Int[Tensor, " text"], vectors: Callable[[], Float[Tensor, "text d_model"]]
+) -> Hook:
     """A hook that adds one vector per text to the activations at ``point``, at one column per text.
 
-    ``vectors`` is called at every run, so that an optimiser may change what it returns.
+    ``vectors`` is called at every run, so that an optimizer may change what it returns.
     """
 
     def add(value: Tensor, hook: Any) -> Tensor:
@@ -147,7 +149,7 @@ def adding(point: str, columns: Int[Tensor, " text"], vectors: Callable[[], Floa
     return point, add
 
 
-def updating(
+def low_rank_update_hooks(
     layer: int,
     keys: Float[Tensor, "rank d_mlp"],
     values: Float[Tensor, "rank d_model"],
@@ -176,7 +178,7 @@ def updating(
     return [(key_point(layer), read), (value_point(layer), write)]
 
 
-def substituting(point: str, where: Bool[Tensor, "text pos"], source: Float[Tensor, "text pos d_model"]) -> Hook:
+def substitute_hook(point: str, where: Bool[Tensor, "text pos"], source: Float[Tensor, "text pos d_model"]) -> Hook:
     """A hook that puts the activations of ``source`` in place of those at ``point``, at the marked positions."""
 
     def write(activation: Tensor, hook: Any) -> Tensor:
@@ -186,7 +188,7 @@ def substituting(point: str, where: Bool[Tensor, "text pos"], source: Float[Tens
     return point, write
 
 
-def shifting(point: str, offsets: Float[Tensor, "text pos d_model"]) -> Hook:
+def shift_hook(point: str, offsets: Float[Tensor, "text pos d_model"]) -> Hook:
     """A hook that adds ``offsets`` to the activations at ``point``."""
 
     def shift(activation: Tensor, hook: Any) -> Tensor:
@@ -195,7 +197,7 @@ def shifting(point: str, offsets: Float[Tensor, "text pos d_model"]) -> Hook:
     return point, shift
 
 
-def attending(
+def patch_pattern_hooks(
     layer: int, rows: Bool[Tensor, "text head query"], patterns: Float[Tensor, "text head query key"]
 ) -> list[Hook]:
     """Hooks that make heads of ``layer`` attend by given patterns, on the marked rows.
@@ -208,13 +210,13 @@ def attending(
         values[:] = [value]
 
     def write(z: Tensor, hook: Any) -> Tensor:
-        new = attended(patterns.to(z), values.pop())
+        new = pattern_times_values(patterns.to(z), values.pop())
         return torch.where(rearrange(rows, "text head query -> text query head 1").to(z.device), new, z)
 
     return [(head_value_point(layer), read), (head_output_point(layer), write)]
 
 
-def gathering(columns: Int[Tensor, "text read"]) -> Hook:
+def gather_hook(columns: Int[Tensor, "text read"]) -> Hook:
     """A hook that leaves the unembedding only some columns of each text."""
     rows = torch.arange(len(columns))[:, None]
 
@@ -224,7 +226,7 @@ def gathering(columns: Int[Tensor, "text read"]) -> Hook:
     return "unembed.hook_in", gather
 
 
-def attended(
+def pattern_times_values(
     patterns: Float[Tensor, "text head query key"], values: Float[Tensor, "text key kv_head d_head"]
 ) -> Float[Tensor, "text query head d_head"]:
     """``pattern @ values``, the values shared by groups of heads where there are fewer of them."""
@@ -331,7 +333,7 @@ def read(
         FloatingPointError: an activation is NaN or infinite.
     """
     store: dict[str, Tensor] = {}
-    with torch.no_grad(), attached(model, reading(points, store)):
+    with torch.no_grad(), hooks_attached(model, read_hooks(points, store)):
         model(batch.ids, attention_mask=_visible(model, batch), stop_at_layer=stop_at_layer)
     silent = [point for point in points if point not in store]
     if silent:

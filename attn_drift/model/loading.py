@@ -122,7 +122,7 @@ def check_model(model: TransformerBridge) -> None:
         raise ValueError(f"{training}, where dropout changes every run; call model.eval()")
     if getattr(model, "compatibility_mode", False):
         raise ValueError(
-            "the model is in TransformerLens's compatibility mode, which folds and centres weights, so that an edit "
+            "the model is in TransformerLens's compatibility mode, which folds and centers weights, so that an edit "
             "would not be one of the original model; load it again without enable_compatibility_mode()"
         )
     check_weights_loaded(model.original_model)

@@ -23,7 +23,7 @@ TOP_K = 5
 # Of ROME's templates: lengths in tokens, and how many of each with each first word.
 ROME_LENGTHS = ((5, 2), (10, 2))
 
-SEQUENCES_AT_ONCE = 256
+BATCH_SEQUENCES = 256
 
 
 @exclusive
@@ -91,7 +91,7 @@ def sample_documents(model: TransformerBridge, n_tokens: int, length: int, seed:
             "moment=second_moment(model, layer, texts)"
         )
     n_texts = -(-n_tokens // length)
-    key = {**origin(model), "seed": seed, "n_texts": n_texts, "length": length, "at_once": SEQUENCES_AT_ONCE}
+    key = {**origin(model), "seed": seed, "n_texts": n_texts, "length": length, "at_once": BATCH_SEQUENCES}
     rows: list[list[int]] = cached(
         model, "documents", key, lambda: _sample_documents(model, start, n_texts, length, seed)
     )
@@ -104,7 +104,7 @@ def _sample_documents(model: TransformerBridge, start: int, n_texts: int, length
     rows: list[list[int]] = []
     with _seeded(seed), tqdm(total=n_texts, desc="sampling the model's own text", leave=False) as progress:
         while len(rows) < n_texts:
-            prompt = torch.full((min(SEQUENCES_AT_ONCE, n_texts - len(rows)), 1), start)
+            prompt = torch.full((min(BATCH_SEQUENCES, n_texts - len(rows)), 1), start)
             rows += _generate(model, prompt, length - 1).tolist()
             progress.update(len(prompt))
     return rows

@@ -20,7 +20,7 @@ from attn_drift.model.tokens import Tokens, pad
 BLOCK = 512
 
 # Of a batch, padding included: its keys in float64 are small beside the matrix that they are added to.
-TOKENS_AT_ONCE = 2048
+BATCH_TOKENS = 2048
 
 _Window = TypeVar("_Window", bound=Sized)
 
@@ -127,10 +127,10 @@ class KeySums:
 
 
 def batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
-    """Groups tokenized texts, in their order, into batches of at most ``TOKENS_AT_ONCE`` with padding, or of one."""
+    """Groups tokenized texts, in their order, into batches of at most ``BATCH_TOKENS`` with padding, or of one."""
     batch: list[_Window] = []
     for window in windows:
-        if batch and (len(batch) + 1) * max(map(len, [*batch, window])) > TOKENS_AT_ONCE:
+        if batch and (len(batch) + 1) * max(map(len, [*batch, window])) > BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(window)

@@ -1,4 +1,4 @@
-"""Second moments of keys, ``C = E[k k^T]`` (uncentred): what other keys a weight serves.
+"""Second moments of keys, ``C = E[k k^T]`` (uncentered): what other keys a weight serves.
 
 Accumulated and solved in float64 (method.md, section 4).
 """

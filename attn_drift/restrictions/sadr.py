@@ -4,7 +4,7 @@
     selected[l,h,b] = A*[l,h,t_b,s_b] > threshold[l,b]
     L_SADR = (1/B) sum_l sum_b sum_h selected[l,h,b] * KL(A[l,h,t_b,:] || A*[l,h,t_b,:])
 
-(method.md, section 3; Wang et al., ICLR 2025, section 4). The value optimiser takes any `Restriction`; it knows
+(method.md, section 3; Wang et al., ICLR 2025, section 4). The value optimizer takes any `Restriction`; it knows
 nothing of attention, and nothing here knows an editor.
 """
 

@@ -1,4 +1,4 @@
-"""Runs of rewriting texts while values are optimised: what is read, what is added, what a restriction sees."""
+"""Runs of rewriting texts while values are optimized: what is read, what is added, what a restriction sees."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +12,13 @@ from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.edits.low_rank import SeenUpdate
+from attn_drift.edits.low_rank import MaskedUpdate
 from attn_drift.inference.frozen_forward import Constants, Forward, fused, replaced
 from attn_drift.inference.kv_cache import Prefixes, Suffixes
 from attn_drift.inference.memory import Budget
 from attn_drift.model.changes import on_behalf
-from attn_drift.model.hooks import adding, attached, reading, run, updating
-from attn_drift.prompts import IGNORED, RequestTexts, RewritingBatch, rewriting_batch
+from attn_drift.model.hooks import add_vector_hook, hooks_attached, low_rank_update_hooks, read_hooks, run
+from attn_drift.prompts import IGNORED, RequestPrompts, RewritingBatch, rewriting_batch
 from attn_drift.restrictions.base import LossTerm, Penalty
 
 Deltas = Float[Tensor, "request site d_model"]
@@ -55,7 +55,7 @@ class Pass(ABC):
         def vectors_of(site: int) -> Callable[[], Float[Tensor, "text d_model"]]:
             return lambda: deltas()[batch.owner, site]
 
-        self.adding = [adding(point, subjects, vectors_of(site)) for site, point in enumerate(points)]
+        self.adding = [add_vector_hook(point, subjects, vectors_of(site)) for site, point in enumerate(points)]
         self.columns = self._columns()
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Pass(ABC):
         store: dict[str, Tensor] = {}
         points = [*self.points, *([] if self.restriction is None else self.restriction.points)]
         # Reading comes before adding, so that the stored values are the vanilla ones.
-        with attached(self.model, [*reading(points, store), *(self.adding if edited else ())]):
+        with hooks_attached(self.model, [*read_hooks(points, store), *(self.adding if edited else ())]):
             logits = self._logits(edited)
         if not self.has_run:
             self._keep({point: activation.detach() for point, activation in store.items()})
@@ -122,7 +122,7 @@ class WholePass(Pass):
 class SuffixPass(Pass):
     """What does not change from step to step is computed once.
 
-    That is what stands before the batch's offset, the layers below the first vector that is optimised, and what its own
+    That is what stands before the batch's offset, the layers below the first vector that is optimized, and what its own
     layer does before it.
     """
 
@@ -166,30 +166,30 @@ class RecomputedPass(SuffixPass):
         return ran
 
 
-class Witness:
+class UpdateObserver:
     """Whole rewriting texts of some requests, on which a restriction looks at low-rank updates."""
 
-    def __init__(self, model: TransformerBridge, texts: Sequence[RequestTexts], restriction: LossTerm) -> None:
+    def __init__(self, model: TransformerBridge, texts: Sequence[RequestPrompts], restriction: LossTerm) -> None:
         self.model, self.restriction = model, restriction
         self.batch = rewriting_batch(model, texts, essence=False)
         with torch.no_grad():
             self.vanilla = self._observe({})
 
-    def _observe(self, updates: Mapping[int, SeenUpdate]) -> Any:
+    def _observe(self, updates: Mapping[int, MaskedUpdate]) -> Any:
         store: dict[str, Tensor] = {}
-        hooks = reading(self.restriction.points, store)
+        hooks = read_hooks(self.restriction.points, store)
         for layer, update in updates.items():
             rows = update.of(self.batch.owner)
-            hooks += updating(layer, rows.keys, rows.values, rows.seen)
-        with attached(self.model, hooks):
+            hooks += low_rank_update_hooks(layer, rows.keys, rows.values, rows.seen)
+        with hooks_attached(self.model, hooks):
             run(self.model, self.batch.tokens)
         return self.restriction.observe(store, self.batch)
 
-    def penalty(self, updates: Mapping[int, SeenUpdate]) -> Penalty:
+    def penalty(self, updates: Mapping[int, MaskedUpdate]) -> Penalty:
         """The restriction's under updates, gradients kept."""
         return self.restriction.penalty(self.vanilla, self._observe(updates), self.batch)
 
-    def mean_loss(self, updates: Mapping[int, SeenUpdate]) -> Float[Tensor, " request"]:
+    def mean_loss(self, updates: Mapping[int, MaskedUpdate]) -> Float[Tensor, " request"]:
         """The weighted term of each request under updates."""
         with torch.no_grad():
             loss = self.penalty(updates).loss

@@ -7,25 +7,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.edits.low_rank import SeenUpdate
+from attn_drift.edits.low_rank import MaskedUpdate
 from attn_drift.inference.memory import Budget, Size
 from attn_drift.model.changes import Change, block
-from attn_drift.prompts import RequestTexts, size_of
+from attn_drift.prompts import RequestPrompts, size_of
 from attn_drift.restrictions.base import LossTerm
-from attn_drift.values.forward_passes import Witness
-from attn_drift.values.optimizer import Optimisation, OptimisedValue, ValueConfig, WitnessedOptimisation, Writing
+from attn_drift.values.forward_passes import UpdateObserver
+from attn_drift.values.optimizer import ObservedOptimization, Optimization, OptimizedValue, ValueConfig, Writing
 
 
-def optimise_values(
+def optimize_values(
     model: TransformerBridge,
     points: Sequence[str],
-    texts: Sequence[RequestTexts],
+    texts: Sequence[RequestPrompts],
     config: ValueConfig,
     restriction: LossTerm | None = None,
     writing: Writing | None = None,
     whole: bool = False,
-) -> list[OptimisedValue]:
-    """Optimises vectors that are added to the activations at ``points``, at the subject-last token, for each request.
+) -> list[OptimizedValue]:
+    """Optimizes vectors that are added to the activations at ``points``, at the subject-last token, for each request.
 
     Requests do not influence each other; they share batches only for speed, as many as fit into memory. Tokens before
     the subject-last ones are run once and cached, unless ``whole`` asks for whole texts at every step: the reference
@@ -38,7 +38,7 @@ def optimise_values(
         config: steps, Adam, the loss and when a request is done.
         restriction: a further term of the loss.
         writing: the updates that would be written for the deltas of all requests. The restriction then looks at whole
-            texts under these, not at the texts on which the deltas are optimised, and all requests run together.
+            texts under these, not at the texts on which the deltas are optimized, and all requests run together.
         whole: run whole texts at every step.
 
     Returns:
@@ -48,24 +48,27 @@ def optimise_values(
         FloatingPointError: the model gives logits that are not finite; names the text.
         RuntimeError: another thread is using the model.
     """
-    results: list[OptimisedValue] = []
+    results: list[OptimizedValue] = []
     with (
         block(_Freezing(model)),
         torch.inference_mode(False),
         torch.enable_grad(),
-        tqdm(total=len(texts), desc="optimising values", leave=False) as progress,
+        tqdm(total=len(texts), desc="optimizing values", leave=False) as progress,
     ):
         budget = Budget.of(model, restriction is not None)
         if writing is not None and restriction is not None:
-            return WitnessedOptimisation(model, points, texts, config, restriction, writing, whole, budget).run()
+            return ObservedOptimization(model, points, texts, config, restriction, writing, whole, budget).run()
         for group in _alone(budget, texts, whole):
-            results += Optimisation(model, points, group, config, restriction, whole, budget).run()
+            results += Optimization(model, points, group, config, restriction, whole, budget).run()
             progress.update(len(group))
     return results
 
 
 def restricted_by_updates(
-    model: TransformerBridge, texts: Sequence[RequestTexts], restriction: LossTerm, updates: Mapping[int, SeenUpdate]
+    model: TransformerBridge,
+    texts: Sequence[RequestPrompts],
+    restriction: LossTerm,
+    updates: Mapping[int, MaskedUpdate],
 ) -> list[float]:
     """The weighted restriction term of each request under low-rank updates by layer, on whole texts.
 
@@ -76,15 +79,15 @@ def restricted_by_updates(
     for group in _alone(Budget.of(model, restricted=True), texts, True):
         own = torch.arange(len(found), len(found) + len(group))
         seen = {layer: update.of(own) for layer, update in updates.items()}
-        found += Witness(model, group, restriction).mean_loss(seen).tolist()
+        found += UpdateObserver(model, group, restriction).mean_loss(seen).tolist()
     return found
 
 
 def groups(
-    budget: Budget, units: Sequence[Sequence[RequestTexts]], whole: bool
-) -> Iterator[list[Sequence[RequestTexts]]]:
+    budget: Budget, units: Sequence[Sequence[RequestPrompts]], whole: bool
+) -> Iterator[list[Sequence[RequestPrompts]]]:
     """Consecutive units, each of requests that belong together, whose texts fit into a run (one unit at least)."""
-    group: list[Sequence[RequestTexts]] = []
+    group: list[Sequence[RequestPrompts]] = []
     size = nothing = Size(0, 0, 0, 0)
     for unit in units:
         own = size_of(unit, whole)
@@ -97,14 +100,14 @@ def groups(
         yield group
 
 
-def _alone(budget: Budget, texts: Sequence[RequestTexts], whole: bool) -> Iterator[list[RequestTexts]]:
+def _alone(budget: Budget, texts: Sequence[RequestPrompts], whole: bool) -> Iterator[list[RequestPrompts]]:
     """`groups` of requests that do not belong together."""
     for group in groups(budget, [[request] for request in texts], whole):
         yield [request for unit in group for request in unit]
 
 
 class _Freezing(Change):
-    """No weight takes gradients: only delta is optimised."""
+    """No weight takes gradients: only delta is optimized."""
 
     def __init__(self, model: TransformerBridge) -> None:
         super().__init__(model, "weights that take no gradients")

@@ -1,4 +1,4 @@
-"""The optimiser of values: its settings, the loss, and the steps of some requests together (method.md, section 2).
+"""The optimizer of values: its settings, the loss, and the steps of some requests together (method.md, section 2).
 
     L = NLL + kl_factor * KL_essence + weight_decay * |delta| / |v0|^2 + restriction
     KL_essence = sum_v p*(v) (log p*(v) - log p(v))
@@ -6,7 +6,7 @@
 p* is the edited model's distribution after the subject of "{s} is a", p the vanilla one's: KL(edited || vanilla), as in
 ROME (Meng et al., 2202.05262, equation 4).
 
-Adam on ``delta`` alone: each request has its own delta, its own stop, its own loss terms. Where an editor optimises
+Adam on ``delta`` alone: each request has its own delta, its own stop, its own loss terms. Where an editor optimizes
 vectors at several sites (PMET), delta and v0 have a row for each, and the decay is summed.
 """
 
@@ -22,14 +22,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.checks import check_fields, check_kind, check_number, check_whole
 from attn_drift.edits.history import EditHistory
-from attn_drift.edits.low_rank import SeenUpdate
+from attn_drift.edits.low_rank import MaskedUpdate
 from attn_drift.inference.memory import Budget
-from attn_drift.prompts import IGNORED, RequestTexts, rewriting_batch, size_of, suffix_batches
+from attn_drift.prompts import IGNORED, RequestPrompts, rewriting_batch, size_of, suffix_batches
 from attn_drift.restrictions.base import LossTerm, Penalty
-from attn_drift.values.forward_passes import Deltas, Pass, RecomputedPass, SuffixPass, WholePass, Witness
+from attn_drift.values.forward_passes import Deltas, Pass, RecomputedPass, SuffixPass, UpdateObserver, WholePass
 
 # The updates by layer that would be written for given deltas, with their gradients.
-Writing = Callable[[Deltas], Mapping[int, SeenUpdate]]
+Writing = Callable[[Deltas], Mapping[int, MaskedUpdate]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Settled:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueConfig:
-    """How a value is optimised.
+    """How a value is optimized.
 
     Attributes:
         steps: evaluations of the loss; each but the last is followed by a step of Adam.
@@ -80,7 +80,7 @@ class ValueConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class OptimisedValue:
+class OptimizedValue:
     """The result for one request.
 
     Attributes:
@@ -126,14 +126,14 @@ class _Terms:
         return torch.stack(terms, dim=1).detach().cpu()
 
 
-class Optimisation:
-    """Some requests, optimised together; those that are done leave once they are half of what is run."""
+class Optimization:
+    """Some requests, optimized together; those that are done leave once they are half of what is run."""
 
     def __init__(
         self,
         model: TransformerBridge,
         points: Sequence[str],
-        texts: Sequence[RequestTexts],
+        texts: Sequence[RequestPrompts],
         config: ValueConfig,
         restriction: LossTerm | None,
         whole: bool,
@@ -172,8 +172,8 @@ class Optimisation:
         owner = torch.cat([batch.owner[: batch.n_texts] for batch in batches])[self.text_order]
         self.member = owner == torch.arange(len(texts), device=owner.device)[:, None]
 
-    def run(self) -> list[OptimisedValue]:
-        """Optimises until every request is done or the steps are spent."""
+    def run(self) -> list[OptimizedValue]:
+        """Optimizes until every request is done or the steps are spent."""
         adam = torch.optim.Adam([self.delta], lr=self.config.learning_rate)
         active = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
         columns: list[Tensor] = []
@@ -311,11 +311,11 @@ class Optimisation:
 
     def _results(
         self, columns: list[Tensor], first: list[Tensor], selected: list[Tensor], lengths: list[int]
-    ) -> list[OptimisedValue]:
+    ) -> list[OptimizedValue]:
         terms, shares = torch.stack(columns, dim=1), torch.stack(first, dim=1)
         heads = torch.stack(selected, dim=1) if selected else None
         return [
-            OptimisedValue(
+            OptimizedValue(
                 deltas=self.delta[r].detach().clone(),
                 v0s=self.v0[r].clone(),
                 history=EditHistory(
@@ -328,14 +328,14 @@ class Optimisation:
         ]
 
 
-class WitnessedOptimisation(Optimisation):
-    """An optimisation whose restriction looks at the updates that the deltas of all requests come to."""
+class ObservedOptimization(Optimization):
+    """An optimization whose restriction looks at the updates that the deltas of all requests come to."""
 
     def __init__(
         self,
         model: TransformerBridge,
         points: Sequence[str],
-        texts: Sequence[RequestTexts],
+        texts: Sequence[RequestPrompts],
         config: ValueConfig,
         restriction: LossTerm,
         writing: Writing,
@@ -343,7 +343,7 @@ class WitnessedOptimisation(Optimisation):
         budget: Budget,
     ) -> None:
         super().__init__(model, points, texts, config, None, whole, budget)
-        self.witness, self.writing = Witness(model, texts, restriction), writing
+        self.witness, self.writing = UpdateObserver(model, texts, restriction), writing
 
     def _penalty(self, observed: Sequence[Any]) -> Penalty:
         return self.witness.penalty(self.writing(self.delta))

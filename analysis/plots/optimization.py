@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analysis.plots.style import TEMPLATE, colours, label
+from analysis.plots.style import TEMPLATE, colors, label
 from attn_drift.edits.history import EditHistory
 
 
@@ -19,14 +19,14 @@ def loss_history(histories: EditHistory | Mapping[str, EditHistory]) -> go.Figur
     figure = make_subplots(rows=1, cols=len(named), shared_yaxes=True, subplot_titles=[label(n) for n in named])
     for column, history in enumerate(named.values(), start=1):
         frame = history.to_frame()
-        for term, colour in zip(EditHistory.COLUMNS, colours(len(EditHistory.COLUMNS)), strict=True):
+        for term, color in zip(EditHistory.COLUMNS, colors(len(EditHistory.COLUMNS)), strict=True):
             figure.add_scatter(
                 x=list(frame.index),
                 y=frame[term],
                 name=term,
                 legendgroup=term,
                 showlegend=column == 1,
-                line={"color": colour, "dash": "dot" if term == "p_target" else "solid"},
+                line={"color": color, "dash": "dot" if term == "p_target" else "solid"},
                 row=1,
                 col=column,
             )
@@ -34,6 +34,6 @@ def loss_history(histories: EditHistory | Mapping[str, EditHistory]) -> go.Figur
     # Terms span orders of magnitude; what is zero has no place on the axis.
     figure.update_yaxes(type="log", dtick=1)
     figure.update_layout(
-        title="Loss terms of the value optimisation (dotted: probability of the target)", template=TEMPLATE
+        title="Loss terms of the value optimization (dotted: probability of the target)", template=TEMPLATE
     )
     return figure
