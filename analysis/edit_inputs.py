@@ -13,7 +13,7 @@ from attn_drift.moments.second_moment import SecondMoment, sampled_moments
 from attn_drift.moments.streaming import moment_path
 
 
-class Supplies:
+class EditInputs:
     """What edits of a model share, made when it is first needed and kept: contexts and second moments.
 
     What is made while something disturbs the model, such as an edit in effect, is not kept.

@@ -31,7 +31,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.causal.interventions import Text
 from analysis.causal.tracing import ROMES_WINDOW, causal_trace
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.scoring.score import check_input, check_texts, score
 from analysis.scoring.score_and_generate import CompletionQuery, answer
 from analysis.statistics import LEAST_CASES, grouped_intervals, percentiles, resampled_means
@@ -193,15 +193,15 @@ def suggest_layers(
         check_texts(model, case)
     config = ROMEConfig.for_model(model)
     asked = [replace(case, probes={task: case.probes[task] for task in TASKS if task in case.probes}) for case in cases]
-    supplies = Supplies(model, seed)
+    inputs = EditInputs(model, seed)
     parts = []
     for layer in tqdm(candidates, desc="layers"):
         edits = rome(
             model,
             [case.request for case in cases],
             config=replace(config, layer=layer),
-            contexts=supplies.contexts(config.context_lengths),
-            moment=supplies.moment(layer),
+            contexts=inputs.contexts(config.context_lengths),
+            moment=inputs.moment(layer),
         )
         parts.append(score(model, asked, edits).frame.assign(layer=layer))
     traced, n_unknown = _traced(model, cases, seed)
@@ -225,7 +225,7 @@ def check_cases(cases: Sequence[Case]) -> None:
         if case.request.target_true is None:
             raise ValueError(f"the case {case.case_id!r} has no target_true, whose causal effect is measured; omit it")
         if not case.probes.get("ES"):
-            raise ValueError(f"the case {case.case_id!r} has no texts of ES; give cases that have, see `having`")
+            raise ValueError(f"the case {case.case_id!r} has no texts of ES; use `cases_with_tasks`")
 
 
 def _candidates(model: TransformerBridge, layers: Sequence[int] | None) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from attn_drift.editors.alphaedit import AlphaEditConfig
 from attn_drift.editors.base import check_batches, listed
 from attn_drift.editors.memit import MEMITConfig
@@ -183,19 +183,19 @@ class BoundMethod:
         """Steps of the optimizer; 0 for the unedited model."""
         return 0 if self.config is None else self.config.steps
 
-    def edits(self, requests: EditRequest | Sequence[EditRequest], supplies: Supplies) -> list[Edit] | None:
+    def edits(self, requests: EditRequest | Sequence[EditRequest], inputs: EditInputs) -> list[Edit] | None:
         """An edit for each request; None for the unedited model."""
-        return None if self.config is None else single_edits(supplies, requests, self.config, self.restrict)
+        return None if self.config is None else single_edits(inputs, requests, self.config, self.restrict)
 
     def edit(
-        self, requests: EditRequest | Sequence[EditRequest], supplies: Supplies, after: Edit | None = None
+        self, requests: EditRequest | Sequence[EditRequest], inputs: EditInputs, after: Edit | None = None
     ) -> Edit | None:
         """One edit of all requests, made while an earlier one is in effect; None for the unedited model."""
-        return None if self.config is None else one_edit(supplies, requests, self.config, self.restrict, after)
+        return None if self.config is None else one_edit(inputs, requests, self.config, self.restrict, after)
 
-    def record(self, supplies: Supplies | None = None) -> dict[str, Any]:
+    def record(self, inputs: EditInputs | None = None) -> dict[str, Any]:
         """All settings, as JSON takes them, and which files of second moments it reads, if any."""
-        digests = {} if self.config is None or supplies is None else supplies.digests(self.config.layers)
+        digests = {} if self.config is None or inputs is None else inputs.digests(self.config.layers)
         return {
             **({"moments": digests} if digests else {}),
             "editor": self.method.editor,
@@ -207,7 +207,7 @@ class BoundMethod:
 
 
 def single_edits(
-    supplies: Supplies, requests: EditRequest | Sequence[EditRequest], config: Config, restrict: Restriction | None
+    inputs: EditInputs, requests: EditRequest | Sequence[EditRequest], config: Config, restrict: Restriction | None
 ) -> list[Edit]:
     """An edit for each request, optimized together, by the editor whose settings are given.
 
@@ -215,16 +215,16 @@ def single_edits(
         ValueError: there are none, or something else is among them.
     """
     several = listed(requests)
-    contexts = supplies.contexts(config.context_lengths)
+    contexts = inputs.contexts(config.context_lengths)
     if isinstance(config, ROMEConfig):
-        moment = supplies.moment(config.layer)
-        return rome(supplies.model, several, config=config, contexts=contexts, moment=moment, restrict=restrict)
-    moments = supplies.moments(config.layers)
-    return edit_batches(supplies.model, several, config, contexts=contexts, moments=moments, restrict=restrict)
+        moment = inputs.moment(config.layer)
+        return rome(inputs.model, several, config=config, contexts=contexts, moment=moment, restrict=restrict)
+    moments = inputs.moments(config.layers)
+    return edit_batches(inputs.model, several, config, contexts=contexts, moments=moments, restrict=restrict)
 
 
 def one_edit(
-    supplies: Supplies,
+    inputs: EditInputs,
     requests: EditRequest | Sequence[EditRequest],
     config: Config,
     restrict: Restriction | None,
@@ -237,12 +237,12 @@ def one_edit(
     """
     check_batches([requests])
     # Before an edit is in effect: contexts and moments are those of the unedited model.
-    contexts, moments = supplies.contexts(config.context_lengths), supplies.moments(config.layers)
+    contexts, moments = inputs.contexts(config.context_lengths), inputs.moments(config.layers)
     if isinstance(config, ROMEConfig):
-        with nullcontext() if after is None else after.applied(supplies.model):
-            return compose(single_edits(supplies, requests, config, restrict))
+        with nullcontext() if after is None else after.applied(inputs.model):
+            return compose(single_edits(inputs, requests, config, restrict))
     (edit,) = edit_batches(
-        supplies.model,
+        inputs.model,
         [requests],
         config,
         contexts=contexts,

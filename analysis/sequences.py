@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.methods import Config, Method, one_edit
 from analysis.scoring.fitting import LeftOut, drop_unfit_texts
 from analysis.scoring.score import check_input
@@ -183,18 +183,18 @@ def edit_sequence(
     given = [_as_case(i, case) for i, case in enumerate(cases)]
     config, restrict = _checked(model, given, method, per_step, seed)
     fit, left_out = _fit(model, given)
-    supplies, asked = Supplies(model, seed, moments), _asked(model, fit)
+    inputs, asked = EditInputs(model, seed, moments), _asked(model, fit)
     texts, updates = [_scored(model, 0, asked, None)], list[dict[str, Any]]()
     made: list[Edit] = []
     error = None
     for start in tqdm(range(0, len(given), per_step), desc=method, leave=False):
         step, requests = start // per_step + 1, [case.request for case in given[start : start + per_step]]
         try:
-            edit = one_edit(supplies, requests, config, restrict, compose(made) if made else None)
+            edit = one_edit(inputs, requests, config, restrict, compose(made) if made else None)
             edit.check_fits(model)
             made.append(edit)
             total = compose(made)
-            updates += _sizes(supplies, step, edit, total)
+            updates += _sizes(inputs, step, edit, total)
             _warn_of_explosion(method, updates, step)
             # NS texts say nothing about an edited subject: the same are scored after every step.
             so_far = [a for a in asked if a.place < start + len(requests) or a.task == "NS"]
@@ -293,14 +293,14 @@ def _scored(model: TransformerBridge, step: int, asked: Sequence[_Asked], edit: 
     return pd.DataFrame(rows).reindex(columns=list(TEXTS)).astype(TEXTS)
 
 
-def _sizes(supplies: Supplies, step: int, edit: Edit, total: Edit) -> list[dict[str, Any]]:
+def _sizes(inputs: EditInputs, step: int, edit: Edit, total: Edit) -> list[dict[str, Any]]:
     """The rows of `EditSequence.updates` of one step."""
     rows = []
-    for layer, moment in supplies.moments(list(total.updates)).items():
-        weight = float(down_projection(supplies.model, layer).detach().double().norm())
+    for layer, moment in inputs.moments(list(total.updates)).items():
+        weight = float(down_projection(inputs.model, layer).detach().double().norm())
         row: dict[str, Any] = {"step": step, "layer": layer, "weight_norm": weight}
         for prefix, update in (("", edit.updates[layer]), ("total_", total.updates[layer])):
-            norm, leakage = float(update.norm()), moment.leakage(supplies.model, update)
+            norm, leakage = float(update.norm()), moment.leakage(inputs.model, update)
             row |= {f"{prefix}norm": norm, f"{prefix}norm_ratio": norm / weight, f"{prefix}leakage": leakage}
         rows.append(row)
     return rows

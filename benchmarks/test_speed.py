@@ -104,7 +104,7 @@ def test_benchmark(lab: Lab, compare: Compare, speed: Speed, report: Report) -> 
     label = f"one case, one text at a time, {few} cases of a chunk"
     done = compare("benchmark, 50 cases: chunks of 16, 16, 16, 2", "case", fast, {label: plain}, 4)
     sizes = np.array([len(chunk) for chunk in chunks])
-    contexts = worker.supplies.contexts(lab.config.context_lengths)
+    contexts = worker.inputs.contexts(lab.config.context_lengths)
     texts = [request_prompts(lab.model, case.request, contexts) for case in chunks[0]]
     floor = benchmark_floor(lab.model, chunks[0], texts, lab.config.steps)
     report.figures["benchmark"] = {

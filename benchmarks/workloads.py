@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis.benchmark.case_runner import Job, Plan, Worker
-from analysis.methods import Supplies, parse_methods
+from analysis.methods import EditInputs, parse_methods
 from analysis.scoring.score import score
 from analysis.scoring.score_and_generate import _Reading, _Row
 from analysis.scoring.scores import Scores
@@ -54,7 +54,7 @@ class Lab:
     @classmethod
     def demo(cls) -> "Lab":
         model = ad.load_model("demo", device="cpu")
-        contexts = Supplies(model, 0).contexts(ROME_LENGTHS)
+        contexts = EditInputs(model, 0).contexts(ROME_LENGTHS)
         cases = demo_cases(World.load(demo_folder() / "world.json"), 64, 0)
         return cls(model, ad.ROMEConfig.for_model(model), contexts, cases)
 
@@ -90,7 +90,7 @@ class Lab:
     def worker(self) -> Worker:
         """The benchmark's, for ROME with SADR; contexts and moment made."""
         worker = Worker(self.model, Plan(tuple(parse_methods([METHOD]))))
-        worker.supplies.contexts(self.config.context_lengths), worker.supplies.moment(self.config.layer)
+        worker.inputs.contexts(self.config.context_lengths), worker.inputs.moment(self.config.layer)
         return worker
 
 

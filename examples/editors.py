@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 import attn_drift as ad
 from analysis import plots
 from analysis.drift import measures as drift
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.methods import NONE, Method
 from analysis.scoring import score as specificity
 from analysis.scoring.scores import Scores
@@ -45,23 +45,23 @@ SECOND = {name: text for name, text in TABLE_METRICS.items() if name != "NS"} | 
 PERCENT, BRACKETS = (*TASKS, "recovered"), ("DNS", "recovered")
 
 # The facts of a seed, and what their edits share.
-Drawn = tuple[Supplies, list[Case]]
+Drawn = tuple[EditInputs, list[Case]]
 
 
 def measure(name: str, drawn: list[Drawn]) -> tuple[dict[str, object], Scores]:
     """A method's row over the facts of all seeds, and its scores."""
     frames, attention, edits, seconds = [], [], list[ad.Edit](), 0.0
     method = Method.parse(name).bind(drawn[0][0].model)
-    for supplies, cases in drawn:
+    for inputs, cases in drawn:
         if method.config is not None:  # made beforehand, so that only editing is timed
-            supplies.contexts(method.config.context_lengths), supplies.moments(method.config.layers)
+            inputs.contexts(method.config.context_lengths), inputs.moments(method.config.layers)
         started = time.process_time()
-        made = method.edits([case.request for case in cases], supplies)
+        made = method.edits([case.request for case in cases], inputs)
         seconds += time.process_time() - started
         edits += made or []
-        frame = specificity.score(supplies.model, cases, made).frame
-        frames.append(frame.assign(case=frame["case"] + f" seed {supplies.seed}"))
-        attention.append(max_head(supplies, cases, made))
+        frame = specificity.score(inputs.model, cases, made).frame
+        frames.append(frame.assign(case=frame["case"] + f" seed {inputs.seed}"))
+        attention.append(max_head(inputs, cases, made))
     scores = Scores(pd.concat(frames))
     row: dict[str, object] = {"editor": name, "gamma": method.gamma, "max_head": torch.cat(attention).mean().item()}
     for task in TASKS:
@@ -72,21 +72,21 @@ def measure(name: str, drawn: list[Drawn]) -> tuple[dict[str, object], Scores]:
     return row | (restriction(edits, method.gamma) if method.gamma else {}), scores
 
 
-def max_head(supplies: Supplies, cases: list[Case], edits: list[ad.Edit] | None) -> torch.Tensor:
+def max_head(inputs: EditInputs, cases: list[Case], edits: list[ad.Edit] | None) -> torch.Tensor:
     """Of each DNS text the attention to the edited subject, maximum over the heads above the edit."""
     per_case = edits or [None] * len(cases)
     asked = [(p.text, case, edit) for case, edit in zip(cases, per_case, strict=True) for p in case.probes["DNS"]]
-    capture = ad.capture_attention(supplies.model, [text for text, _, _ in asked], edits=[edit for _, _, edit in asked])
+    capture = ad.capture_attention(inputs.model, [text for text, _, _ in asked], edits=[edit for _, _, edit in asked])
     # All presets of the demo model end at this layer.
-    layer = ad.ROMEConfig.for_model(supplies.model).layer
+    layer = ad.ROMEConfig.for_model(inputs.model).layer
     return drift.subject_attention(capture, [case.request.subject for _, case, _ in asked]).max_head(layer)
 
 
-def leakage(supplies: Supplies, edits: list[ad.Edit]) -> float:
+def leakage(inputs: EditInputs, edits: list[ad.Edit]) -> float:
     """Of the layer where an edit leaks most, mean over edits."""
-    moments = supplies.moments(list(edits[0].updates))
+    moments = inputs.moments(list(edits[0].updates))
     of_layer = [
-        [moments[layer].leakage(supplies.model, update) for layer, update in edit.updates.items()] for edit in edits
+        [moments[layer].leakage(inputs.model, update) for layer, update in edit.updates.items()] for edit in edits
     ]
     return float(np.mean([max(layers) for layers in of_layer]))
 
@@ -154,7 +154,7 @@ def _cell(row: dict[str, float], name: str) -> str:
 
 def main(out: Path) -> None:
     model, world = ad.load_model("demo"), World.load(demo_folder() / "world.json")
-    drawn = [(Supplies(model, seed), demo_cases(world, N, seed)) for seed in SEEDS]
+    drawn = [(EditInputs(model, seed), demo_cases(world, N, seed)) for seed in SEEDS]
     out.mkdir(parents=True, exist_ok=True)
     first = every_editor(drawn)
     first.to_csv(out / "editors.csv", index=False)

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from attn_drift.editors.alphaedit import AlphaEditConfig, alphaedit, nullspace_direction
-from attn_drift.model.hooks import stream_point
+from attn_drift.model.hooks import resid_post_point
 from attn_drift.model.loading import fingerprint, mlp_width
 from attn_drift.prompts import request_prompts
 from attn_drift.values.optimize import optimize_values
@@ -63,10 +63,10 @@ def test_update_equals_the_reference(make_model: Make) -> None:
     moments = moments_of(model)
     config = AlphaEditConfig(layers=(1,), steps=5, learning_rate=0.2, l2=0.5, clamp=4.0)
     edit = alphaedit(model, FIRST, config=config, contexts=CONTEXTS, moments=moments)
-    value = optimize_values(model, [stream_point(1, "resid")], [request_prompts(model, FIRST, CONTEXTS)], config)[0]
+    value = optimize_values(model, [resid_post_point(1)], [request_prompts(model, FIRST, CONTEXTS)], config)[0]
     update = edit.updates[1]
-    assert update.served is not None and update.served.shape == (1, mlp_width(model, 1))
-    k = update.served[0]
+    assert update.target_keys is not None and update.target_keys.shape == (1, mlp_width(model, 1))
+    k = update.target_keys[0]
     P = projector(moments[1].matrix, config.nullspace_threshold)
     expected = torch.outer(
         torch.linalg.solve(P @ torch.outer(k, k) + 0.5 * torch.eye(len(k), dtype=k.dtype), P @ k), value.delta
@@ -95,19 +95,19 @@ def test_later_edits_spare_the_keys_of_earlier_ones(make_model: Make, tmp_path: 
     second = alphaedit(model, SECOND, config=config, after=first, **options)
     careless = alphaedit(model, SECOND, config=config, **options)
     for layer in (0, 1):
-        served = first.updates[layer].served
+        served = first.updates[layer].target_keys
         assert served is not None
         moved = [(served @ edit.updates[layer].delta()).norm() / edit.updates[layer].delta().norm()
                  for edit in (second, careless)]  # fmt: skip
         assert moved[0] < 0.05 * moved[1]
     both = first + second
-    assert both.updates[0].served is not None and len(both.updates[0].served) == 2
+    assert both.updates[0].target_keys is not None and len(both.updates[0].target_keys) == 2
     third = alphaedit(model, ad.EditRequest("{} plays", "A friend", "tuba"), config=config, after=both, **options)
     assert third.updates[0].rank == 1
     # What is served travels with the edit.
     first.save(tmp_path / "first.safetensors")
     loaded = ad.Edit.load(tmp_path / "first.safetensors", model)
-    assert torch.equal(loaded.updates[1].served, first.updates[1].served)
+    assert torch.equal(loaded.updates[1].target_keys, first.updates[1].target_keys)
     again = alphaedit(model, SECOND, config=config, after=loaded, **options)
     assert torch.equal(again.updates[1].delta(), second.updates[1].delta())
 

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis.drift.measures import subject_attention
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.methods import Method, one_edit, single_edits
 from attn_drift.checks import describe
 from attn_drift.editors.multilayer import edit_batches
@@ -106,8 +106,8 @@ TABLE: list[tuple[Callable[[TransformerBridge], object], str, str]] = [
     (memit(requests=[REQUEST, "Ada"]), "request 1 is the text 'Ada'", "an EditRequest"),
     (of_model(edit_batches, [["Ada"]], SPREAD), "request 0 is the text 'Ada'", "an EditRequest"),
     (of_model(edit_batches, REQUEST, SPREAD), "batches is EditRequest(", "a list of batches"),
-    (lambda m: single_edits(Supplies(m, 0), [1], SPREAD, None), "request 0 is 1", "an EditRequest"),
-    (lambda m: one_edit(Supplies(m, 0), "Ada", SPREAD, None), "requests is the text 'Ada'", "an EditRequest"),
+    (lambda m: single_edits(EditInputs(m, 0), [1], SPREAD, None), "request 0 is 1", "an EditRequest"),
+    (lambda m: one_edit(EditInputs(m, 0), "Ada", SPREAD, None), "requests is the text 'Ada'", "an EditRequest"),
     # Contexts and texts.
     (of_model(request_prompts, REQUEST, None), "contexts is None", "a list of templates"),
     (rome(contexts=5), "contexts is 5", "a list of templates"),
@@ -276,13 +276,13 @@ def test_one_request_does_where_several_are_wanted(make_model: Make, monkeypatch
     monkeypatch.setattr(moments, "SAMPLED_TOKENS", 100)
     monkeypatch.setattr(moments, "SAMPLED_TOKENS_PER_KEY", 1)
     model = make_model("gpt2")
-    supplies = Supplies(model, 0)
+    inputs = EditInputs(model, 0)
     rome_method = Method.parse("rome:layer=1:steps=1").bind(model)
     memit_method = Method.parse("memit:layers=0-1:steps=1").bind(model)
     for method in (rome_method, memit_method):
-        (alone,) = method.edits(REQUEST, supplies) or []
-        (listed,) = method.edits([REQUEST], supplies) or []
-        together = method.edit(REQUEST, supplies)
+        (alone,) = method.edits(REQUEST, inputs) or []
+        (listed,) = method.edits([REQUEST], inputs) or []
+        together = method.edit(REQUEST, inputs)
         assert together is not None and alone.requests == listed.requests == together.requests == (REQUEST,)
         for layer, update in alone.updates.items():
             assert torch.equal(update.delta(), listed.updates[layer].delta())

@@ -18,7 +18,7 @@ from analysis import plots
 from analysis.causal.interventions import Text
 from analysis.drift import correlation
 from analysis.drift.correlation import MEASURES, correlate, measure
-from attn_drift.model.hooks import read, run, stream_point
+from attn_drift.model.hooks import read, resid_post_point, run
 from attn_drift.model.loading import fingerprint
 from attn_drift.model.tokens import encode, encode_completion, pad
 from attn_drift.restrictions.divergences import FLOOR
@@ -46,7 +46,7 @@ def by_hand(model: TransformerBridge, text: Text, layers: list[int]) -> dict[str
     tokens = encode(model, prompt)
     start = prompt.rindex(SUBJECT)
     inside = [i for i, (a, b) in enumerate(tokens.offsets) if b > start and a < start + len(SUBJECT)]
-    point = stream_point(model.cfg.n_layers - 1, "resid")
+    point = resid_post_point(model.cfg.n_layers - 1)
 
     def look() -> tuple[float, Tensor, Tensor]:
         capture = ad.capture_attention(model, prompt)

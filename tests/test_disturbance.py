@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis.benchmark.case_runner import Job, Plan, Worker
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.methods import Method
 from analysis.scoring.score import score
 from analysis.sequences import edit_sequence
@@ -128,17 +128,17 @@ def test_nothing_is_written_to_the_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, fresh = make_model("gpt2"), make_model("gpt2")
-    supplies = Supplies(model, 0)
+    inputs = EditInputs(model, 0)
     with disturb(model):
         assert contexts(model) == contexts(model)
-        ad.sampled_moment(model, 1), supplies.contexts(SHORT), supplies.moment(1)
+        ad.sampled_moment(model, 1), inputs.contexts(SHORT), inputs.moment(1)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     said = [text for text in caplog.messages if "is cached meanwhile" in text]
     assert len(said) == 1 and re.search(name, said[0])
-    clean = contexts(model), supplies.contexts(SHORT), ad.sampled_moment(model, 1), supplies.moment(1)
+    clean = contexts(model), inputs.contexts(SHORT), ad.sampled_moment(model, 1), inputs.moment(1)
     monkeypatch.setenv("ATTN_DRIFT_CACHE", str(tmp_path / "other"))
     moment = ad.sampled_moment(fresh, 1)
-    assert clean[:2] == (contexts(fresh), Supplies(fresh, 0).contexts(SHORT))
+    assert clean[:2] == (contexts(fresh), EditInputs(fresh, 0).contexts(SHORT))
     assert all(torch.equal(other.matrix, moment.matrix) for other in clean[2:])
 
 

@@ -44,7 +44,7 @@ def refused(path: Path, model: TransformerBridge, match: str | None = None) -> N
 
 def same(a: ad.Edit, b: ad.Edit) -> bool:
     def content(edit: ad.Edit) -> list[Tensor]:
-        found = [t for e in (edit, *edit.parts) for u in e.updates.values() for t in (u.keys, u.values, u.served)]
+        found = [t for e in (edit, *edit.parts) for u in e.updates.values() for t in (u.keys, u.values, u.target_keys)]
         histories = [t for e in (edit, *edit.parts) for h in e.histories for t in h.tensors().values()]
         return [t for t in found if t is not None] + histories
 
@@ -239,8 +239,8 @@ WRONG_TENSORS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "infinity": ({VALUES: torch.full((1, 32), float("inf"))}, "not finite"),
     "d_mlp": ({KEYS: torch.ones(1, 127)}, r"d_mlp d_model\] = \[127, 32\]"),
     "d_model": ({VALUES: torch.ones(1, 128)}, r"d_mlp d_model\] = \[128, 128\]"),
-    "served width": ({"0.layers.1.served": torch.ones(1, 5)}, "not as wide"),
-    "served NaN": ({"0.layers.1.served": torch.full((1, 128), float("nan"))}, "not finite"),
+    "served width": ({"0.layers.1.target_keys": torch.ones(1, 5)}, "not as wide"),
+    "served NaN": ({"0.layers.1.target_keys": torch.full((1, 128), float("nan"))}, "not finite"),
     "terms": ({TERMS: torch.ones(2, 5)}, "the history has shape"),
     "no terms": ({TERMS: None, SELECTED: torch.ones(2, 1, 1)}, "expected 'terms'"),
     "no evaluation": ({TERMS: torch.ones(0, 6)}, "the history has shape"),

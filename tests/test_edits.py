@@ -250,8 +250,8 @@ def test_served_keys_are_those_of_all_or_none(small: TransformerBridge) -> None:
     served, other = random_edit(small, 0), random_edit(small, 1)
     update = served.updates[1]
     served = replace(served, updates={1: ad.LowRankUpdate(update.keys, update.values, update.keys)})
-    assert (served + other).updates[1].served is None
-    assert (served + other).without(other).updates[1].served is update.keys
+    assert (served + other).updates[1].target_keys is None
+    assert (served + other).without(other).updates[1].target_keys is update.keys
 
 
 def test_rows_carry_their_own_edits(make_model: Make, architecture: str) -> None:

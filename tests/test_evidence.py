@@ -24,7 +24,7 @@ from analysis.evidence.folder import Evidence
 from analysis.evidence.run import evidence
 from analysis.evidence.studies import Edited
 from analysis.evidence.summary import conditions, recovered
-from attn_drift.data.cases import Case, Probe, distracting, having
+from attn_drift.data.cases import Case, Probe, cases_with_tasks, distracting
 from attn_drift.demo.cases import demo_cases, further_wordings
 from attn_drift.demo.world import World
 from attn_drift.model.loading import demo_folder
@@ -148,9 +148,9 @@ def test_errors_come_before_the_model_runs(
 def test_having() -> None:
     given = [*cases(), Case("bare", cases()[0].request, {})]
     random.Random(0).shuffle(given)
-    found = having(given, ("ES", "DNS"), 10)
+    found = cases_with_tasks(given, ("ES", "DNS"), 10)
     assert [case.case_id for case in found] == [case.case_id for case in given if case.case_id != "bare"]
-    assert having(given, ("ES",), 2) == found[:2] and having(given, ("RS",), 1) == []
+    assert cases_with_tasks(given, ("ES",), 2) == found[:2] and cases_with_tasks(given, ("RS",), 1) == []
 
 
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis import cli
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from attn_drift import files
 from attn_drift.files import alone_in, keeping, replacing
 from attn_drift.moments import second_moment as moments
@@ -117,10 +117,10 @@ def test_a_full_cache_loses_nothing_and_is_named_once(
     sampled: list[int] = []
     plain = moments.sample_documents
     monkeypatch.setattr(moments, "sample_documents", lambda *args: sampled.append(1) or plain(*args))
-    supplies = Supplies(small, 0)
+    inputs = EditInputs(small, 0)
     with small_disk():
-        found = supplies.moments([0, 1, 2])
-        assert supplies.moment(1) is found[1] and sampled == [1]
+        found = inputs.moments([0, 1, 2])
+        assert inputs.moment(1) is found[1] and sampled == [1]
     (said,) = (record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert f"the cache {tmp_path} cannot be written" in said and "File too large" in said
     assert not list(tmp_path.rglob("*.safetensors")) and not hidden(tmp_path)

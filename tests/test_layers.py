@@ -17,7 +17,7 @@ import attn_drift as ad
 from analysis import cli, layers, plots
 from analysis.causal.interventions import Text
 from analysis.causal.tracing import causal_trace
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.layers import LayerScores, suggest_layers
 from analysis.scoring.score import score
 from analysis.statistics import BATCH_RESAMPLES, RESAMPLES
@@ -60,14 +60,14 @@ def test_each_layer_has_the_scores_of_its_own_edits(
     )
     found = suggest_layers(model, cases(), [1, 0], seed=3)
     assert (found.layers, found.n_cases, found.n_unknown, found.usual, found.is_preset) == ([0, 1], 3, 1, 1, False)
-    supplies = Supplies(model, 3)
+    inputs = EditInputs(model, 3)
     for layer in (0, 1):
         edits = ad.rome(
             model,
             [case.request for case in cases()],
             config=replace(CONFIG, layer=layer),
-            contexts=supplies.contexts(CONFIG.context_lengths),
-            moment=supplies.moment(layer),
+            contexts=inputs.contexts(CONFIG.context_lengths),
+            moment=inputs.moment(layer),
         )
         expected = score(model, cases(), edits).frame
         expected = expected[expected["task"] != "RS"].reset_index(drop=True)

@@ -11,7 +11,7 @@ import attn_drift as ad
 from attn_drift.editors.base import at_subjects
 from attn_drift.editors.memit import MEMITConfig, batch_direction, memit
 from attn_drift.editors.spread import Spread
-from attn_drift.model.hooks import stream_point
+from attn_drift.model.hooks import resid_post_point
 from attn_drift.model.loading import fingerprint, float64_device, mlp_width
 from attn_drift.prompts import request_prompts
 from attn_drift.values.optimize import optimize_values
@@ -48,7 +48,7 @@ def test_updates_equal_the_reference(
     config = MEMITConfig(layers=layers, steps=4, learning_rate=0.1, moment_weight=weight, clamp=4.0)
     moments = moments_of(model)
     texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
-    values = optimize_values(model, [stream_point(layers[-1], "resid")], texts, config)
+    values = optimize_values(model, [resid_post_point(layers[-1])], texts, config)
     factored = {layer: moments[layer].factored(config.ridge, float64_device(model)) for layer in layers}
     spread = Spread(model, [texts], layers, lambda layer, K: batch_direction(K, factored[layer], weight), config.site)
     (found,) = spread.by_batch(spread.of(torch.stack([value.deltas for value in values])))
@@ -69,8 +69,8 @@ def test_one_layer_and_request_and_no_weight_map_the_key_to_the_value(make_model
     config = MEMITConfig(layers=(1,), steps=5, learning_rate=0.2, moment_weight=1e-9, clamp=4.0)
     edit = memit(model, request, config=config, contexts=["{}"], moments=moments_of(model))
     texts = request_prompts(model, request, ["{}"])
-    value = optimize_values(model, [stream_point(1, "resid")], [texts], config)[0]
-    point = stream_point(1, "resid")
+    value = optimize_values(model, [resid_post_point(1)], [texts], config)[0]
+    point = resid_post_point(1)
     with edit.applied(model):
         now = at_subjects(model, [point], texts.rewriting, 2)[0][0]
     torch.testing.assert_close(now, value.v0 + value.delta, rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis.benchmark.sweep import Sweep
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.methods import NONE, Method, parse_methods
 from attn_drift.restrictions.presets import preset_gamma
 
@@ -32,7 +32,7 @@ def test_presets_fill_in_what_is_not_said(demo: TransformerBridge) -> None:
     assert bound.config == ad.ROMEConfig.for_model(demo) and bound.restrict == ad.SADR(gamma=0.1)
     assert Method.parse("rome").bind(demo).restrict is None
     none = Method.parse(NONE).bind(demo)
-    assert (none.gamma, none.steps, none.edits([], Supplies(demo, 0))) == (0.0, 0, None)
+    assert (none.gamma, none.steps, none.edits([], EditInputs(demo, 0))) == (0.0, 0, None)
 
 
 def test_a_model_without_a_preset_gets_a_weak_gamma(
@@ -88,7 +88,7 @@ def test_settings_given_take_the_place_of_the_presets(demo: TransformerBridge) -
 def test_edits_are_those_of_the_function(small: TransformerBridge) -> None:
     request = ad.EditRequest("{} plays the", "Ada Bellini", "cello", "piano")
     method = Method.parse("rome+sadr:gamma=0.3:layer=0:steps=3").bind(small)
-    edits = method.edits([request], Supplies(small, 5))
+    edits = method.edits([request], EditInputs(small, 5))
     assert edits is not None
     direct = ad.rome(
         small,
@@ -183,9 +183,9 @@ def test_contexts_and_moments_are_those_of_the_unedited_model(small: Transformer
     """Also when they are first needed while an earlier edit is in effect."""
     requests = [ad.EditRequest("{} plays the", "Ada Bellini", "cello"), ad.EditRequest("{} plays", "Carla", "organ")]
     method = Method.parse("rome:layer=1:steps=2").bind(small)
-    fresh, used = Supplies(small, 0), Supplies(small, 0)
+    fresh, used = EditInputs(small, 0), EditInputs(small, 0)
     first = method.edit(requests[:1], used)
-    second = [method.edit(requests[1:], supplies, after=first) for supplies in (fresh, used)]
+    second = [method.edit(requests[1:], inputs, after=first) for inputs in (fresh, used)]
     assert torch.equal(second[0].updates[1].delta(), second[1].updates[1].delta())
     assert len(first.histories) == 1 and method.edit(requests, used).requests == tuple(requests)
     with pytest.raises(ValueError, match="no requests were given"):
@@ -199,12 +199,12 @@ def test_moments_of_a_folder(small: TransformerBridge, make_model: Make, tmp_pat
     taken = ad.second_moment(small, 1, ["Ada Bellini plays the cello in town.", "Carla Moreau was seen."])
     taken.save(tmp_path / "layer_1.safetensors")
     method = Method.parse("r-rome:layer=1:steps=2").bind(small)
-    supplies = Supplies(small, 0, tmp_path)
-    assert torch.equal(supplies.moment(1).matrix, taken.matrix)
-    record = method.record(supplies)
+    inputs = EditInputs(small, 0, tmp_path)
+    assert torch.equal(inputs.moment(1).matrix, taken.matrix)
+    record = method.record(inputs)
     assert list(record["moments"]) == ["1"] and len(record["moments"]["1"]) == 64
-    assert "moments" not in method.record(Supplies(small, 0))
+    assert "moments" not in method.record(EditInputs(small, 0))
     with pytest.raises(FileNotFoundError, match=r"no second moment of layer 0; make it with `attn-drift moments`"):
-        Method.parse("rome:layer=0").bind(small).record(supplies)
+        Method.parse("rome:layer=0").bind(small).record(inputs)
     with pytest.raises(ValueError, match="was taken with the weights"):
-        Supplies(make_model("gpt2", torch.float64), 0, tmp_path).moment(1)
+        EditInputs(make_model("gpt2", torch.float64), 0, tmp_path).moment(1)

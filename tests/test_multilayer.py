@@ -13,7 +13,7 @@ import attn_drift as ad
 from attn_drift.editors import shared
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
 from attn_drift.editors.spread import Site, Spread
-from attn_drift.model.hooks import key_point, read, stream_point
+from attn_drift.model.hooks import key_point, read, resid_post_point
 from attn_drift.model.loading import down_projection, mlp_width
 from attn_drift.model.tokens import encode, pad
 from attn_drift.presets import load_preset
@@ -89,7 +89,7 @@ def test_the_gradient_through_one_layer_is_exact(make_model: Make) -> None:
     texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
     width = mlp_width(model, 1)
     W = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / width
-    spread = Spread(model, [texts], (1,), lambda layer, K: W @ K, Site(stream_point(1, "resid"), float, True))
+    spread = Spread(model, [texts], (1,), lambda layer, K: W @ K, Site(resid_post_point(1), float, True))
     deltas = torch.randn(3, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def written(d: torch.Tensor) -> torch.Tensor:

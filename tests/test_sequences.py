@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import attn_drift as ad
 from analysis import cli, plots, sequences, statistics
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.methods import Config, Method, one_edit
 from analysis.scoring.score import score
 from analysis.scoring.scores import Scores
@@ -80,8 +80,8 @@ def written_one_by_one(
     """After each of three edits, made and written into the weights: p of every text's right object, and the weight."""
     config = Method.parse(method).bind(model).config
     assert isinstance(config, ad.ROMEConfig)
-    supplies = Supplies(model, seed)
-    contexts, moment = supplies.contexts(config.context_lengths), supplies.moment(config.layer)
+    inputs = EditInputs(model, seed)
+    contexts, moment = inputs.contexts(config.context_lengths), inputs.moment(config.layer)
     texts = [probe for case in cases() for probes in case.probes.values() for probe in probes]
     found = []
     for case in cases():
@@ -97,7 +97,7 @@ def test_scores_and_sizes_are_those_of_edits_written_one_by_one(make_model: Make
     before = down_projection(model, 1).detach().clone()
     found = edit_sequence(model, cases(), ROME, seed=3)
     assert torch.equal(down_projection(model, 1), before) and found.error is None
-    moment = Supplies(model, 3).moment(1).matrix
+    moment = EditInputs(model, 3).moment(1).matrix
     expected = written_one_by_one(make_model("gpt2", torch.float64), ROME, seed=3)
     weights = [before, *(weight for _, weight in expected)]
     for step, (p, weight) in enumerate(expected, start=1):
@@ -165,7 +165,7 @@ def test_requests_alone_are_scored_by_their_questions(small: TransformerBridge) 
 def test_all_in_one_step_are_one_batch(make_model: Make, method: str) -> None:
     model = make_model("llama")
     found = edit_sequence(model, cases(), method, per_step=5, seed=2)
-    batch = Method.parse(method).bind(model).edit([case.request for case in cases()], Supplies(model, 2))
+    batch = Method.parse(method).bind(model).edit([case.request for case in cases()], EditInputs(model, 2))
     assert batch is not None and found.steps["n_edits"].tolist() == [0, 3]
     for layer, update in batch.updates.items():
         assert torch.equal(found.edit.updates[layer].delta(), update.delta())
@@ -176,10 +176,10 @@ def test_alphaedit_spares_the_keys_of_earlier_steps(make_model: Make) -> None:
     method = "alphaedit:steps=4:l2=0.001:clamp=4"
     found = edit_sequence(model, cases(), method)
     first, *_, last = found.edit.parts
-    careless = Method.parse(method).bind(model).edit([cases()[-1].request], Supplies(model, 0))
+    careless = Method.parse(method).bind(model).edit([cases()[-1].request], EditInputs(model, 0))
     assert careless is not None
     for layer in last.updates:
-        served, total = first.updates[layer].served, found.edit.updates[layer].served
+        served, total = first.updates[layer].target_keys, found.edit.updates[layer].target_keys
         assert served is not None and total is not None and len(total) == 3
         moved = [(served @ e.updates[layer].delta()).norm() / e.updates[layer].norm() for e in (last, careless)]
         assert moved[0] < 0.1 * moved[1]
@@ -212,8 +212,8 @@ def test_texts_that_do_not_fit_are_left_out(
 def second(monkeypatch: pytest.MonkeyPatch, make: Callable[[ad.Edit], ad.Edit]) -> None:
     """What becomes of the second edit."""
 
-    def made(supplies: Supplies, requests: list[ad.EditRequest], config: Config, restrict: Any, after: Any) -> ad.Edit:
-        edit = one_edit(supplies, requests, config, restrict, after)
+    def made(inputs: EditInputs, requests: list[ad.EditRequest], config: Config, restrict: Any, after: Any) -> ad.Edit:
+        edit = one_edit(inputs, requests, config, restrict, after)
         return edit if after is None else make(edit)
 
     monkeypatch.setattr(sequences, "one_edit", made)
@@ -269,7 +269,7 @@ def test_the_same_twice_and_from_its_folder(small: TransformerBridge, tmp_path: 
     assert repr(loaded) == "EditSequence('alphaedit+sadr:gamma=0.1:steps=2', 2 of 2 edits)"
     for layer, update in second.edit.updates.items():
         assert torch.equal(loaded.edit.updates[layer].delta(), update.delta())
-        assert torch.equal(loaded.edit.updates[layer].served, update.served)
+        assert torch.equal(loaded.edit.updates[layer].target_keys, update.target_keys)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from analysis.causal import interventions, substitution
 from analysis.causal.interventions import Batch, Text, outcomes
 from analysis.causal.substitution import substitute, sweep_windows
 from analysis.causal.tracing import causal_trace
-from attn_drift.model.hooks import Hook, stream_point, substitute_hook
+from attn_drift.model.hooks import Hook, point_of_kind, substitute_hook
 from attn_drift.model.tokens import Completion, encode_completion
 
 Make = Callable[..., TransformerBridge]
@@ -80,7 +80,7 @@ def test_every_layer_turns_one_run_into_the_other(model: TransformerBridge) -> N
             close(substitute(model, recipients, recipients, kind, range(3), "all"), own, 1e-6)
 
         def both(batch: Batch, donor: Batch) -> list[Hook]:
-            points = [stream_point(layer, kind) for layer in range(3) for kind in ("attn_out", "mlp_out")]
+            points = [point_of_kind(layer, kind) for layer in range(3) for kind in ("attn_out", "mlp_out")]
             source = donor.read(points)
             return [substitute_hook(point, batch.tokens.mask, source[point]) for point in points]
 

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import attn_drift as ad
 from attn_drift.inference import memory as budget
 from attn_drift.inference.memory import Budget
-from attn_drift.model.hooks import stream_point, value_point
+from attn_drift.model.hooks import mlp_out_point, resid_post_point, value_point
 from attn_drift.prompts import RewritingBatch, request_prompts, rewriting_batch, suffix_batches
 from attn_drift.restrictions.base import LossTerm, Penalty, Restriction
 from attn_drift.values import optimize as values
@@ -72,7 +72,7 @@ def test_cached_prefixes_change_nothing(
 
 
 @pytest.mark.parametrize("kind", WINDOWED)
-@pytest.mark.parametrize("point", [value_point(1), stream_point(1, "resid")])
+@pytest.mark.parametrize("point", [value_point(1), resid_post_point(1)])
 def test_cached_prefixes_under_sliding_windows(make_model: Make, kind: str, point: str) -> None:
     model = make_model(kind, torch.float64, bos=True)
     model.tokenizer.padding_side = "right"
@@ -224,7 +224,7 @@ def test_vectors_behind_the_mlp_while_an_edit_is_in_effect(make_model: Make, kin
     model = make_model(kind, torch.float64)
     model.tokenizer.padding_side = "right"
     texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
-    config, points = ValueConfig(steps=8, learning_rate=0.1), [stream_point(1, "mlp_out")]
+    config, points = ValueConfig(steps=8, learning_rate=0.1), [mlp_out_point(1)]
     with random_edit(model, 0, (1,)).applied(model):
         fast = optimize_values(model, points, texts, config)
         plain = optimize_values(model, points, texts, config, whole=True)

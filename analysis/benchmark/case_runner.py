@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.methods import NONE, BoundMethod, Method
 from analysis.scoring.fitting import drop_unfit_texts
 from analysis.scoring.fluency import Consistency, perplexity, predicted, prose
@@ -46,7 +46,7 @@ class Plan:
         seed: of the edits' contexts and of the sampled continuations.
         corpus: texts for perplexity; without any there is no PPL.
         snippets: whose texts give the document frequencies of consistency; without them there is no CS.
-        moments: folder of second moments, see `Supplies`.
+        moments: folder of second moments, see `EditInputs`.
     """
 
     methods: tuple[Method, ...]
@@ -89,7 +89,7 @@ class Worker:
         if (why := disturbance(self.model)) is not None:
             raise ValueError(f"{self.model.cfg.model_name} does not compute what its weights say: {why}")
         self.methods: dict[str, BoundMethod] = {m.name: m.bind(self.model) for m in plan.methods}
-        self.supplies = Supplies(self.model, plan.seed, plan.moments)
+        self.inputs = EditInputs(self.model, plan.seed, plan.moments)
         predicted(self.model, plan.corpus)  # raises where a text does not fit
         self.consistency = None if plan.snippets is None else Consistency(plan.snippets.corpus)
 
@@ -99,7 +99,7 @@ class Worker:
             "name": str(self.model.cfg.model_name),
             "dtype": str(next(self.model.parameters()).dtype),
             "origin": origin(self.model),
-            "methods": {name: method.record(self.supplies) for name, method in self.methods.items()},
+            "methods": {name: method.record(self.inputs) for name, method in self.methods.items()},
         }
 
     def run(self, job: Job) -> pd.DataFrame:
@@ -155,7 +155,7 @@ class Worker:
         return pd.DataFrame(rows, columns=list(PART_DTYPES)).astype(PART_DTYPES)
 
     def _scored(self, method: str, cases: Sequence[Case]) -> pd.DataFrame:
-        edits = self.methods[method].edits([case.request for case in cases], self.supplies)
+        edits = self.methods[method].edits([case.request for case in cases], self.inputs)
         tables = [
             score(self.model, cases, edits),
             prose(self.model, cases, edits, seed=self.plan.seed, consistency=self.consistency),

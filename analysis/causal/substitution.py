@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.causal.interventions import Batch, Kind, Text, check_window, outcomes
-from attn_drift.model.hooks import Hook, stream_point, substitute_hook
+from attn_drift.model.hooks import Hook, point_of_kind, substitute_hook
 from attn_drift.model.loading import check_layer, check_model
 from attn_drift.requests import find_subject
 
@@ -45,9 +45,9 @@ def substitute(
         ValueError: another kind or other positions, a layer that the model does not have, donors that do not match, or
             the subject's positions where a recipient has none.
     """
-    points = {layer: stream_point(layer, kind) for layer in sorted(set(layers))}
+    points = {layer: point_of_kind(layer, kind) for layer in sorted(set(layers))}
     if not points:
-        stream_point(0, kind)  # a wrong name is one all the same
+        point_of_kind(0, kind)  # a wrong name is one all the same
     if positions not in get_args(Positions):
         raise ValueError(f"the positions are {positions!r}; expected one of {list(get_args(Positions))}")
     for layer in points:

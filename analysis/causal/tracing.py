@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.causal import interventions
 from analysis.causal.interventions import Batch, Kind, Text, check_window, outcomes
-from attn_drift.model.hooks import embedding_point, shift_hook, stream_point, substitute_hook
+from attn_drift.model.hooks import embedding_point, point_of_kind, shift_hook, substitute_hook
 from attn_drift.model.loading import check_model
 from attn_drift.model.tokens import encode_completion, pad
 
@@ -65,7 +65,7 @@ def causal_trace(
             layers, no texts, or a text without its subject.
     """
     check_model(model)
-    points = [stream_point(layer, kind) for layer in range(model.cfg.n_layers)]
+    points = [point_of_kind(layer, kind) for layer in range(model.cfg.n_layers)]
     check_window(model, window)
     if not 0 < noise < float("inf"):
         raise ValueError(f"the noise is {noise} standard deviations; expected a positive number")

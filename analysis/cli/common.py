@@ -60,10 +60,10 @@ def cases_of(
     Nothing slow is imported.
     """
     from attn_drift.data.case_files import read_cases
-    from attn_drift.data.cases import having
+    from attn_drift.data.cases import cases_with_tasks
 
     if path is not None:
-        given = having(read_cases(path, skip_invalid=skip_invalid), needed, n)
+        given = cases_with_tasks(read_cases(path, skip_invalid=skip_invalid), needed, n)
         if len(given) < n:
             console.print(f"{len(given)} cases of {path} have all texts", markup=False, soft_wrap=True)
         return given

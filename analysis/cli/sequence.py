@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from analysis.edit_inputs import Supplies
+    from analysis.edit_inputs import EditInputs
     from analysis.methods import Method
     from analysis.sequences import EditSequence
     from attn_drift.data.case_files import CaseFile
@@ -65,7 +65,7 @@ def sequence_of_edits(
     if per_step < 1:
         raise ValueError(f"per_step is {per_step}; expected at least 1")
     given = read_cases(cases, skip_invalid=skip_invalid, limit=limit)
-    from analysis.edit_inputs import Supplies
+    from analysis.edit_inputs import EditInputs
     from analysis.methods import parse_methods
     from attn_drift.files import alone_in, replacing
     from attn_drift.model.loading import load_model
@@ -78,7 +78,7 @@ def sequence_of_edits(
     with console.status(f"loading {escape(model)}"):
         loaded = load_model(model, dtype=precision, device=device)
     with alone_in(out):
-        found = _sequences(Supplies(loaded, seed, moments), given, methods, out, per_step)
+        found = _sequences(EditInputs(loaded, seed, moments), given, methods, out, per_step)
     with replacing(out / "sequence.json") as temporary:
         temporary.write_text(json.dumps(_record(found), indent=1), encoding="utf-8")
     _write_page(out / "sequence.html", model, found, per_step)
@@ -95,15 +95,15 @@ def sequence_of_edits(
 
 
 def _sequences(
-    supplies: "Supplies", cases: "CaseFile", methods: "Sequence[Method]", out: Path, per_step: int
+    inputs: "EditInputs", cases: "CaseFile", methods: "Sequence[Method]", out: Path, per_step: int
 ) -> "dict[str, EditSequence]":
     """A sequence for each method; what the folder holds of the same run is read."""
     from analysis.sequences import RECORD, EditSequence, edit_sequence
     from attn_drift.model.loading import origin
 
-    model, seed = supplies.model, supplies.seed
+    model, seed = inputs.model, inputs.seed
     identity = {"cases": cases.sha256, "n": cases.n, "per_step": per_step, "seed": seed, **origin(model)}
-    _go_on(out, {"identity": identity, "methods": {m.name: m.bind(model).record(supplies) for m in methods}})
+    _go_on(out, {"identity": identity, "methods": {m.name: m.bind(model).record(inputs) for m in methods}})
     found = {}
     for method in methods:
         folder = out / "sequences" / re.sub(r"[^\w.+=-]", "_", method.name)
@@ -111,7 +111,7 @@ def _sequences(
             found[method.name] = EditSequence.load(folder, model)
         else:
             found[method.name] = edit_sequence(
-                model, list(cases), method.name, per_step=per_step, seed=seed, moments=supplies.folder
+                model, list(cases), method.name, per_step=per_step, seed=seed, moments=inputs.folder
             )
             found[method.name].save(folder)
     return found

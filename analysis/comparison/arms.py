@@ -11,7 +11,7 @@ import torch
 
 from analysis.drift.heads import last_selected, overlap, share_by_step
 from analysis.drift.measures import SubjectAttention, subject_attention
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.methods import Config, single_edits
 from analysis.scoring.score import score
 from analysis.scoring.scores import Scores
@@ -54,7 +54,7 @@ def subjects(cases: Sequence[Case]) -> list[str]:
 
 
 def arm(
-    supplies: Supplies,
+    inputs: EditInputs,
     cases: Sequence[Case],
     editor: str,
     requests: Sequence[EditRequest] | None,
@@ -64,23 +64,23 @@ def arm(
     """Edits, scores and captures.
 
     Args:
-        supplies: the model, with contexts and second moments.
+        inputs: the model, with contexts and second moments.
         cases: what is scored; each has DNS texts.
         editor: the arm's name.
         requests: one per case; None for the unedited model.
         config: the editor's settings.
         restrict: a loss term, for instance SADR.
     """
-    edits = None if requests is None else single_edits(supplies, requests, config, restrict)
+    edits = None if requests is None else single_edits(inputs, requests, config, restrict)
     texts = [probe.text for case in cases for probe in case.probes["DNS"]]
     per_text = None if edits is None else [e for e, c in zip(edits, cases, strict=True) for _ in c.probes["DNS"]]
-    capture = capture_attention(supplies.model, texts, edits=per_text)
+    capture = capture_attention(inputs.model, texts, edits=per_text)
     return Arm(
         editor=editor,
         gamma=getattr(restrict, "gamma", 0.0),
         steps=0 if edits is None else config.steps,
         edits=edits,
-        scores=score(supplies.model, cases, edits),
+        scores=score(inputs.model, cases, edits),
         capture=capture,
         attention=subject_attention(capture, subjects(cases)),
     )

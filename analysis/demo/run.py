@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.comparison.arms import Arm, arm, subjects
 from analysis.drift.measures import AttentionDrift, attention_drift
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.methods import NONE, Config, Method
 from analysis.scoring.scores import results_row
 from attn_drift.data.cases import Case
@@ -118,10 +118,10 @@ def demonstrate(
     plans = [_Plan.of(model, world, cases, name, gamma) for name in editors if name != NONE]
     if not plans:
         raise ValueError("no editor was given; expected names such as rome and memit+sadr")
-    supplies, layer = Supplies(model, seed), max(plan.config.layers[-1] for plan in plans)
-    arms = {NONE: arm(supplies, cases, NONE, None, plans[0].config)}
+    inputs, layer = EditInputs(model, seed), max(plan.config.layers[-1] for plan in plans)
+    arms = {NONE: arm(inputs, cases, NONE, None, plans[0].config)}
     for plan in plans:
-        arms[plan.name] = arm(supplies, cases, plan.name, plan.requests, plan.config, plan.restrict)
+        arms[plan.name] = arm(inputs, cases, plan.name, plan.requests, plan.config, plan.restrict)
     return Demonstration(cases, subjects(cases), arms, layer, seed, time.perf_counter() - started)
 
 

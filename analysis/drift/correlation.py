@@ -25,7 +25,7 @@ from analysis.drift.measures import attention_drift
 from analysis.statistics import BATCH_PERMUTATIONS, BATCH_RESAMPLES, LEAST_CASES, PERMUTATIONS, RESAMPLES, percentiles
 from attn_drift.attention import capture_attention
 from attn_drift.edits.edit import applied_to_rows
-from attn_drift.model.hooks import read, stream_point
+from attn_drift.model.hooks import read, resid_post_point
 from attn_drift.model.loading import check_layer, check_model
 from attn_drift.model.tokens import TokenBatch, pad
 from attn_drift.requests import find_subject
@@ -120,7 +120,7 @@ def _measures(model: TransformerBridge, texts: Sequence[Text], layers: Sequence[
 
 def _last_state(model: TransformerBridge, batch: TokenBatch) -> Float[Tensor, "text d_model"]:
     """The residual stream at the last token, after the last layer."""
-    point = stream_point(model.cfg.n_layers - 1, "resid")
+    point = resid_post_point(model.cfg.n_layers - 1)
     stream = read(model, batch, [point])[point]
     columns = batch.columns([len(row) - 1 for row in batch.rows])
     return stream[torch.arange(len(stream), device=stream.device), columns].cpu().double()

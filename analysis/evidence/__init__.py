@@ -20,4 +20,4 @@ def check_cases(cases: Sequence[Case], studied: int) -> None:
     for case in cases:
         lacking = [task for task in NEEDED if not case.probes.get(task)]
         if lacking:
-            raise ValueError(f"the case {case.case_id!r} has no texts of {lacking}; give cases that have, see `having`")
+            raise ValueError(f"the case {case.case_id!r} has no texts of {lacking}; use `cases_with_tasks`")

@@ -22,7 +22,7 @@ from analysis.comparison.tradeoffs import Point
 from analysis.drift import correlation
 from analysis.drift import head_types as head_kinds
 from analysis.drift import heads as selection
-from analysis.edit_inputs import Supplies
+from analysis.edit_inputs import EditInputs
 from analysis.evidence import studies
 from analysis.evidence.folder import PAGE, SUMMARY, Evidence, table_path
 from analysis.evidence.page import sections
@@ -110,11 +110,11 @@ class _Run:
 
     def __init__(self, model: TransformerBridge, plan: Plan, out: Path) -> None:
         self.model, self.plan, self.out = model, plan, out
-        self.supplies = Supplies(model, plan.seed)
+        self.inputs = EditInputs(model, plan.seed)
 
     def everything(self) -> None:
         """Runs what is missing, and makes the tables that follow from others."""
-        self.plan.check_fits(self.model, self.supplies.contexts(self.plan.config.context_lengths))
+        self.plan.check_fits(self.model, self.inputs.contexts(self.plan.config.context_lengths))
         arms: dict[str, Point] = {}
         for point in self.plan.points:
             arms.setdefault(point.arm, point)
@@ -167,8 +167,8 @@ class _Run:
                 self.model,
                 [plan.cases[i].request for i in part],
                 config=plan.config,
-                contexts=self.supplies.contexts(plan.config.context_lengths),
-                moment=self.supplies.moment(plan.config.layer),
+                contexts=self.inputs.contexts(plan.config.context_lengths),
+                moment=self.inputs.moment(plan.config.layer),
                 restrict=SADR(gamma=0.0),
             )
             for i, edit in zip(part, made, strict=True):
@@ -195,10 +195,10 @@ class _Run:
             return held
         plan = self.plan
         if point is None:
-            made = arm(self.supplies, plan.scored, NONE, None, plan.config)
+            made = arm(self.inputs, plan.scored, NONE, None, plan.config)
         else:
             requests = plan.requests(point.wordings)
-            made = arm(self.supplies, plan.scored, point.line, requests, point.config, point.restrict)
+            made = arm(self.inputs, plan.scored, point.line, requests, point.config, point.restrict)
         outcome = Outcome.of(made, plan.config.layer)
         outcome.save(folder)
         return outcome

@@ -67,6 +67,6 @@ def distracting(request: EditRequest, probe: Probe) -> Probe:
     return Probe(text, probe.right, probe.wrong, probe.aliases)
 
 
-def having(cases: Iterable[Case], tasks: Sequence[Task], n: int) -> list[Case]:
+def cases_with_tasks(cases: Iterable[Case], tasks: Sequence[Task], n: int) -> list[Case]:
     """The first ``n`` cases that have texts of all given tasks; fewer if there are no more."""
     return list(islice((case for case in cases if all(case.probes.get(task) for task in tasks)), n))

@@ -44,13 +44,13 @@ class AlphaEditConfig(MultiLayerConfig):
         check_fields(self, check_number, "nullspace_threshold", "l2", above=0)
 
     def check_earlier(self, earlier: Edit) -> None:
-        """Raises a ValueError for an earlier edit that does not tell its keys."""
-        _served(earlier, self.layers)
+        """Raises a ValueError for an earlier edit that did not record its keys."""
+        _earlier_keys(earlier, self.layers)
 
     def directions(self, moments: Mapping[int, SecondMoment], device: torch.device, earlier: Edit | None) -> Directions:
-        served = _served(earlier, self.layers)
+        spared = _earlier_keys(earlier, self.layers)
         spaces = {layer: moment.null_space(self.nullspace_threshold, device) for layer, moment in moments.items()}
-        return lambda layer, keys: nullspace_direction(keys, served.get(layer), spaces[layer], self.l2)
+        return lambda layer, keys: nullspace_direction(keys, spared.get(layer), spaces[layer], self.l2)
 
 
 def alphaedit(
@@ -75,13 +75,13 @@ def alphaedit(
         moments: per edited layer the second moment of its keys; `sampled_moments` when None.
         restrict: a loss term that restricts what the edit may do above the last edited layer (or above the first, see
             `MultiLayerConfig.restricted`), such as `SADR`.
-        after: an earlier edit that tells its keys, such as one of this editor, or a sum of several: it is in effect
+        after: an earlier edit that recorded its keys, such as one of this editor, or a sum of several: it is in effect
             while this one is made, and its keys are spared. The two may be added.
         generator: of the contexts that are sampled here; seed 0 when None.
 
     Raises:
         ValueError: a bad request, context, layer, moment or setting, a text longer than the model's context, a weight
-            that is not finite, no null space, or an earlier edit that does not tell its keys; before the model runs.
+            that is not finite, no null space, or an earlier edit that did not record its keys; before the model runs.
     """
     check_model(model)
     config = AlphaEditConfig.for_model(model) if config is None else config
@@ -99,16 +99,16 @@ def alphaedit(
     return edit
 
 
-def _served(earlier: Edit | None, layers: Sequence[int]) -> dict[int, Float64[Tensor, "d_mlp n"]]:
+def _earlier_keys(earlier: Edit | None, layers: Sequence[int]) -> dict[int, Float64[Tensor, "d_mlp n"]]:
     """The keys of an earlier edit, by layer."""
     if earlier is None:
         return {}
     found = {}
     for layer in sorted(set(layers) & set(earlier.updates)):
-        served = earlier.updates[layer].served
-        if served is None:
-            raise ValueError(f"{earlier!r} does not tell which keys it serves; give edits such as alphaedit's own")
-        found[layer] = served.T.double()
+        keys = earlier.updates[layer].target_keys
+        if keys is None:
+            raise ValueError(f"{earlier!r} did not record its keys; give edits such as alphaedit's own")
+        found[layer] = keys.T.double()
     return found
 
 

@@ -26,7 +26,7 @@ from attn_drift.edits.history import EditHistory
 from attn_drift.edits.low_rank import LowRankUpdate, identities
 from attn_drift.inference.memory import Budget
 from attn_drift.model.changes import exclusive
-from attn_drift.model.hooks import stream_point
+from attn_drift.model.hooks import resid_post_point
 from attn_drift.model.loading import check_finite, check_layer, check_model, fingerprint, float64_device
 from attn_drift.moments.second_moment import SecondMoment, sampled_moments
 from attn_drift.presets import load_preset, warn_once
@@ -109,7 +109,7 @@ class MultiLayerConfig(ValueConfig, ABC):
     @property
     def site(self) -> Site:
         """Where values are read: by default the residual stream after the last edited layer."""
-        return Site(stream_point(self.layers[-1], "resid"), float, carries=True)
+        return Site(resid_post_point(self.layers[-1]), float, carries=True)
 
     def check_earlier(self, earlier: Edit) -> None:
         """Raises a ValueError for an earlier edit that does not tell what the editor needs of it: here nothing."""

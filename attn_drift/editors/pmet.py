@@ -19,7 +19,7 @@ from attn_drift.editors.memit import MEMITConfig
 from attn_drift.editors.multilayer import edit_batches
 from attn_drift.editors.spread import Site
 from attn_drift.edits.edit import Edit
-from attn_drift.model.hooks import stream_point, value_point
+from attn_drift.model.hooks import attn_out_point, value_point
 from attn_drift.model.loading import check_model
 from attn_drift.moments.second_moment import SecondMoment
 from attn_drift.requests import EditRequest
@@ -44,7 +44,7 @@ class PMETConfig(MEMITConfig):
     @property
     def points(self) -> list[str]:
         """The outputs of MLP and attention in the last edited layer."""
-        return [self.site.point, stream_point(self.layers[-1], "attn_out")]
+        return [self.site.point, attn_out_point(self.layers[-1])]
 
     @property
     def site(self) -> Site:

@@ -52,12 +52,12 @@ class LayerUpdate:
     Attributes:
         directions: in key space.
         residuals: what each adds.
-        served: the key that each maps.
+        target_keys: the key that each maps.
     """
 
     directions: Float[Tensor, "column d_mlp"]
     residuals: Float[Tensor, "column d_model"]
-    served: Float[Tensor, "column d_mlp"]
+    target_keys: Float[Tensor, "column d_mlp"]
 
 
 class Spread:
@@ -134,7 +134,7 @@ class Spread:
         """By batch, the update of every layer."""
         return [
             {
-                layer: LowRankUpdate(*(part[own].detach().cpu() for part in (u.directions, u.residuals, u.served)))
+                layer: LowRankUpdate(*(part[own].detach().cpu() for part in (u.directions, u.residuals, u.target_keys)))
                 for layer, u in found.items()
             }
             for own in self._members()

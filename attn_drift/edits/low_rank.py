@@ -23,12 +23,12 @@ class LowRankUpdate:
     Attributes:
         keys: directions in key space.
         values: what each adds to the MLP's output.
-        served: the keys that an edit was to map, which later edits may spare; None where an editor does not tell.
+        target_keys: the keys that an edit maps, which later edits may spare; None where its editor does not record them.
     """
 
     keys: Float[Tensor, "rank d_mlp"]
     values: Float[Tensor, "rank d_model"]
-    served: Float[Tensor, "n d_mlp"] | None = None
+    target_keys: Float[Tensor, "n d_mlp"] | None = None
 
     @property
     def rank(self) -> int:
@@ -38,8 +38,8 @@ class LowRankUpdate:
         return f"LowRankUpdate(rank {self.rank}, {self.keys.shape[1]} -> {self.values.shape[1]})"
 
     def to(self, device: torch.device) -> "LowRankUpdate":
-        """What is added, on a device; the keys that are served stay where they are."""
-        return LowRankUpdate(self.keys.to(device), self.values.to(device), self.served)
+        """The update on a device; its target keys stay where they are."""
+        return LowRankUpdate(self.keys.to(device), self.values.to(device), self.target_keys)
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of the weight ``W``, where ``v = k @ W``."""
@@ -59,11 +59,11 @@ class LowRankUpdate:
 
 def concat_updates(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
     """The updates of one layer as one, of the sum of their ranks."""
-    served = [update.served for update in updates if update.served is not None]
+    targets = [update.target_keys for update in updates if update.target_keys is not None]
     return LowRankUpdate(
         torch.cat([update.keys for update in updates]),
         torch.cat([update.values for update in updates]),
-        torch.cat(served) if len(served) == len(updates) else None,
+        torch.cat(targets) if len(targets) == len(updates) else None,
     )
 
 

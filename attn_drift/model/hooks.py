@@ -55,20 +55,31 @@ def head_output_point(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_z"
 
 
-def stream_point(layer: int, kind: str) -> str:
-    """Hook point of what a layer leaves in or adds to the residual stream: ``[text pos d_model]``.
+def resid_post_point(layer: int) -> str:
+    """Hook point of the residual stream after a layer: ``[text pos d_model]``."""
+    return f"blocks.{layer}.hook_resid_post"
 
-    Args:
-        layer: the layer.
-        kind: ``"resid"`` (the stream after the layer), ``"attn_out"`` or ``"mlp_out"`` (what is added to it).
+
+def attn_out_point(layer: int) -> str:
+    """Hook point of what a layer's attention adds to the residual stream: ``[text pos d_model]``."""
+    return f"blocks.{layer}.hook_attn_out"
+
+
+def mlp_out_point(layer: int) -> str:
+    """Hook point of what a layer's MLP adds to the residual stream: ``[text pos d_model]``."""
+    return f"blocks.{layer}.hook_mlp_out"
+
+
+def point_of_kind(layer: int, kind: str) -> str:
+    """One of the three: ``"resid"`` (the stream after the layer), ``"attn_out"`` or ``"mlp_out"`` (what it adds).
 
     Raises:
         ValueError: another kind.
     """
-    names = {"resid": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
-    if kind not in names:
-        raise ValueError(f"the activation is {kind!r}; expected one of {list(names)}")
-    return f"blocks.{layer}.{names[kind]}"
+    points = {"resid": resid_post_point, "attn_out": attn_out_point, "mlp_out": mlp_out_point}
+    if kind not in points:
+        raise ValueError(f"the activation is {kind!r}; expected one of {list(points)}")
+    return points[kind](layer)
 
 
 def layer_of(point: str) -> int:

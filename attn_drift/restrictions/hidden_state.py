@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from attn_drift.checks import check_fields, check_number, check_wholes
-from attn_drift.model.hooks import stream_point
+from attn_drift.model.hooks import resid_post_point
 from attn_drift.prompts import RewritingBatch
 from attn_drift.restrictions.base import Penalty, restricted_layers
 
@@ -57,7 +57,7 @@ class BoundHiddenState:
     @property
     def points(self) -> list[str]:
         """The residual stream after each restricted layer."""
-        return [stream_point(layer, "resid") for layer in self.layers]
+        return [resid_post_point(layer) for layer in self.layers]
 
     def observe(self, activations: dict[str, Tensor], batch: RewritingBatch) -> States:
         """The stream at the prompt-last tokens of the rewriting texts, in float32 at least."""
