@@ -121,7 +121,7 @@ def test_errors_are_named(make_model: Make) -> None:
     plain = ad.rome(
         model, FIRST, config=ad.ROMEConfig(layer=0, steps=2), contexts=CONTEXTS, moment=moments_of(model, 4.0)[0]
     )
-    with pytest.raises(ValueError, match="does not tell which keys it serves"):
+    with pytest.raises(ValueError, match="did not record its keys"):
         alphaedit(model, SECOND, config=config, contexts=CONTEXTS, moments=moments_of(model), after=plain)
     with pytest.raises(ValueError, match=r"l2 is 0\.0; expected a finite number above 0"):
         AlphaEditConfig(layers=(0,), l2=0.0)

@@ -162,7 +162,7 @@ def test_bad_batches_are_named_before_any_run(make_model: Make, monkeypatch: pyt
             edit_batches(model, batches, CONFIGS[0], **options)
     with pytest.raises(ValueError, match=r"asked for twice in one batch \('cello' and 'organ'\)"):
         ad.memit(model, [REQUESTS[0], replace(REQUESTS[0], target_new="organ")], config=CONFIGS[0])
-    with pytest.raises(ValueError, match="does not tell which keys it serves"):
+    with pytest.raises(ValueError, match="did not record its keys"):
         ad.alphaedit(model, REQUESTS[1], config=CONFIGS[2], after=rome_edit)
     with pytest.raises(ValueError, match="was made for other weights"):
         edit_batches(model, [[REQUESTS[1]]], CONFIGS[0], after=foreign)

@@ -23,7 +23,7 @@ class LowRankUpdate:
     Attributes:
         keys: directions in key space.
         values: what each adds to the MLP's output.
-        target_keys: the keys that an edit maps, which later edits may spare; None where its editor does not record them.
+        target_keys: the keys that an edit maps, which later edits may spare; None where its editor records none.
     """
 
     keys: Float[Tensor, "rank d_mlp"]
