@@ -165,8 +165,9 @@ def edit_sequence(
 
     Texts that ask what another edit of the sequence changes (another case's ES or PS text, at the end of an NS, DNS or
     RS text) are not scored: there the old answer is no longer right. Nor are texts that the model cannot take, such as
-    one longer than its context: they are logged, and in `EditSequence.left_out`. A model that has collapsed, so that it
-    cannot be edited or scored, ends the sequence with a warning; what was found until then is kept.
+    one longer than its context: they are counted in the log, and in `EditSequence.left_out`. A model that has
+    collapsed, so that it cannot be edited or scored, ends the sequence with a warning; what was found until then is
+    kept.
 
     Args:
         model: the model, which is left untouched.
@@ -182,7 +183,7 @@ def edit_sequence(
     """
     given = [_as_case(i, case) for i, case in enumerate(cases)]
     config, restrict = _checked(model, given, method, per_step, seed)
-    fit, left_out = _fit(model, given)
+    fit, left_out = _fit(model, given, method)
     inputs, asked = EditInputs(model, seed, moments), _asked(model, fit)
     texts, updates = [_scored(model, 0, asked, None)], list[dict[str, Any]]()
     made: list[Edit] = []
@@ -236,7 +237,7 @@ def _checked(
     return bound.config, bound.restrict
 
 
-def _fit(model: TransformerBridge, cases: Sequence[Case]) -> tuple[list[Case], tuple[LeftOut, ...]]:
+def _fit(model: TransformerBridge, cases: Sequence[Case], method: str) -> tuple[list[Case], tuple[LeftOut, ...]]:
     """The cases without the texts that the model cannot take, and those of these that would be scored."""
     scored = [
         replace(case, probes={task: case.probes[task] for task in SUMMARIZED if task in case.probes}, generation=())
@@ -244,8 +245,8 @@ def _fit(model: TransformerBridge, cases: Sequence[Case]) -> tuple[list[Case], t
     ]
     fit = [drop_unfit_texts(model, case) for case in scored]
     left_out = tuple(text for _, texts in fit for text in texts)
-    for text in left_out:
-        log.warning("left out: %s", text)
+    if left_out:
+        log.warning("%s: texts left out: %d, such as %s", method, len(left_out), left_out[0])
     return [case for case, _ in fit], left_out
 
 
