@@ -7,6 +7,7 @@ editor must know of earlier edits (the keys that AlphaEdit spares) lives in that
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -25,14 +26,16 @@ from analysis.scoring.fitting import LeftOut, drop_unfit_texts
 from analysis.scoring.score import check_input
 from analysis.scoring.score_and_generate import CompletionQuery, answer
 from analysis.scoring.scores import DTYPES, SUMMARIZED, Scores, results_row
+from attn_drift.data.case_files import CaseFile
 from attn_drift.data.cases import Case, Probe, Task
 from attn_drift.editors.base import EXPLODED, texts_of
 from attn_drift.edits.edit import Edit, compose
 from attn_drift.files import replacing
-from attn_drift.model.loading import disturbance, down_projection
+from attn_drift.model.loading import disturbance, down_projection, origin
 from attn_drift.model.tokens import Completion, encode_completion
 from attn_drift.requests import EditRequest
 from attn_drift.restrictions.sadr import SADR
+from attn_drift.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +153,49 @@ class EditSequence:
         record["left_out"] = tuple(LeftOut(**text) for text in record.get("left_out", ()))
         edit = Edit.load(folder / "edit.safetensors", model)
         return cls(**record, texts=texts.astype(TEXTS), updates=updates, edit=edit)
+
+
+class SequenceFolder(RunFolder):
+    """A folder of sequences of edits: ``sequences/<method>``, see `EditSequence.save`."""
+
+    KIND = "sequence of edits"
+
+
+def edit_sequences(
+    model: TransformerBridge,
+    cases: CaseFile,
+    methods: Sequence[str],
+    out: str | Path,
+    *,
+    per_step: int = 1,
+    seed: int = 0,
+    moments: str | Path | None = None,
+) -> dict[str, EditSequence]:
+    """An `edit_sequence` for each method, in a folder; sequences that the folder holds of the same run are read.
+
+    Args:
+        model, per_step, seed, moments: as of `edit_sequence`.
+        cases: a file of cases.
+        methods: names of editors such as ``rome`` and ``memit+sadr``.
+        out: the folder.
+
+    Raises:
+        ValueError: as of `edit_sequence`, or a folder that holds another run.
+        RuntimeError: another process is writing to the folder.
+    """
+    out, inputs = Path(out), EditInputs(model, seed, moments)
+    identity = {"cases": cases.sha256, "n": cases.n, "per_step": per_step, "seed": seed, **origin(model)}
+    records = {name: Method.parse(name).bind(model).record(inputs) for name in methods}
+    found = {}
+    with SequenceFolder.claimed(out, identity, records):
+        for name in methods:
+            folder = out / "sequences" / re.sub(r"[^\w.+=-]", "_", name)
+            if (folder / RECORD).is_file():
+                found[name] = EditSequence.load(folder, model)
+            else:
+                found[name] = edit_sequence(model, list(cases), name, per_step=per_step, seed=seed, moments=moments)
+                found[name].save(folder)
+    return found
 
 
 def edit_sequence(

@@ -163,7 +163,7 @@ def test_summaries(whole: Path, cases: CaseFile) -> None:
     assert config["identity"]["cases"] == cases.sha256 and config["seed"] == 0
     assert config["cases"]["n_repeated"] == cases.n_repeated
     assert config["methods"][METHODS[0]]["config"]["steps"] == 2
-    assert {"attn-drift", "torch", "transformer-lens"} <= set(config["versions"])
+    assert {"attn-drift", "torch", "transformer-lens"} <= set(config["began"]["versions"])
     page = (whole / "summary.md").read_text(encoding="utf-8")
     assert "| editor | S | ES | PS | NS | RS | DNS | FL |" in page
     assert (whole / "report.html").read_text(encoding="utf-8").count("Plotly.newPlot(") == 2
@@ -381,10 +381,10 @@ def test_another_runs_folder_is_refused(
     benchmark(model, cases, [], tmp_path)
     with pytest.raises(ValueError, match="differs in cases"):
         benchmark("no such model", read_cases(write(tmp_path / "other.json", [record(1)])), [], tmp_path)
-    with pytest.raises(ValueError, match="differs in a smaller number of cases"):
+    with pytest.raises(ValueError, match=r"holds a run of \d+ cases, and 2 were given"):
         benchmark("no such model", read_cases(cases.path, limit=2), [], tmp_path)
     for options, name in ({"seed": 1}, "seed"), ({"batch_cases": 3}, "batch_cases"), ({"corpus": ["a b"]}, "corpus"):
-        with pytest.raises(ValueError, match=f"holds another run: it differs in {name}"):
+        with pytest.raises(ValueError, match=f"holds another run, which differs in {name}"):
             benchmark("no such model", cases, [], tmp_path, **options)
     config = json.loads((tmp_path / "config.json").read_text())
     config["methods"]["rome"] = {}

@@ -338,7 +338,7 @@ def test_command(tmp_path: Path, demo: TransformerBridge, monkeypatch: pytest.Mo
     assert runner.invoke(cli.app, [*run, "rome:steps=2,rome+sadr:steps=2", "--limit", "2"]).exit_code == 0
     assert asked == ["rome+sadr:steps=2"]
     for more, message in (
-        (["rome:steps=2", "--per-step", "3"], "it differs in per_step"),
+        (["rome:steps=2", "--per-step", "3"], "which differs in per_step"),
         (["rome:steps=2", "--per-step", "0"], "per_step is 0"),
         (["none"], "the editors are 'none'"),
         (["memo"], "the editor 'memo'"),

@@ -242,10 +242,10 @@ def test_a_finished_run_is_read_and_another_refused(small: TransformerBridge, te
     assert torch.equal(first.moments[1].matrix, again.moments[1].matrix)
     pd.testing.assert_frame_equal(first.convergence, again.convergence, check_exact=True)
     assert (out / "layer_1.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match=r"another run, which differs in \['n_tokens'\]"):
+    with pytest.raises(ValueError, match="another run, which differs in n_tokens"):
         stream_moments(small, [1], text, 201, out)
     write(text, LINES[:4])
-    with pytest.raises(ValueError, match=r"another run, which differs in \['text'\]"):
+    with pytest.raises(ValueError, match="another run, which differs in text"):
         stream_moments(small, [1], text, 200, out)
 
 

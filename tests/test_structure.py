@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[1]
 # on one line no two import each other.
 FLOORS = [
     ["attn_drift.checks", "attn_drift.files"],
-    ["attn_drift.requests"],
+    ["attn_drift.requests", "attn_drift.run_folder"],
     ["attn_drift.data", "attn_drift.model"],
     ["attn_drift.demo", "attn_drift.edits", "attn_drift.inference", "attn_drift.presets"],
     ["attn_drift.attention", "attn_drift.moments", "attn_drift.prompts"],
     ["attn_drift.restrictions"],
     ["attn_drift.values"],
     ["attn_drift.editors"],
-    ["analysis.folder", "analysis.statistics"],
+    ["analysis.statistics"],
     ["analysis.causal", "analysis.scoring", "analysis.edit_inputs"],
     ["analysis.drift", "analysis.methods"],
     ["analysis.comparison", "analysis.sequences", "analysis.layers"],

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 
 from analysis.benchmark.parts import Manifest
-from analysis.folder import RunFolder
 from analysis.methods import NONE
 from analysis.scoring.scores import MEASURES, PROSE, Scores, results_row
+from attn_drift.run_folder import RunFolder
 
 # Pairs of tasks with the same texts, without and with the edit sentence before them.
 DISTRACTED = {"DNS": "NS", "distracted_commonsense": "commonsense"}

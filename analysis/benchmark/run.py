@@ -5,7 +5,6 @@ A folder holds ``config.json`` (what is run), ``parts/<method>/<chunk>.parquet``
 ``manifest.jsonl`` (the digest and the cases of each part), and the summaries of `analysis.benchmark.summary`.
 """
 
-import json
 import logging
 import platform
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -25,12 +24,11 @@ from analysis.benchmark.engines import Engine, LocalEngine, RayEngine
 from analysis.benchmark.parts import Manifest, Part
 from analysis.benchmark.results import Results
 from analysis.benchmark.summary import write_summaries
-from analysis.folder import CONFIG
 from analysis.methods import parse_methods
 from analysis.scoring.fitting import LeftOut
 from attn_drift.data.case_files import CaseFile, read_cases
 from attn_drift.data.cases import Case
-from attn_drift.files import alone_in, replacing
+from attn_drift.files import alone_in
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +85,7 @@ def benchmark(
     plan = Plan(tuple(parse_methods(methods)), seed, _texts(corpus), cases.snippets, folder)
     _check_engine(engine, model)
     # Before a model is loaded, which may take minutes.
-    _check_same_run(out, {"identity": _identity(plan, cases, batch_cases), "cases": {"n": cases.n}})
+    _check_resumable(out, _identity(plan, cases, batch_cases), cases)
     with alone_in(out):
         manifest = Manifest(out)
         manifest.check()
@@ -171,7 +169,7 @@ def _run(
     batch_cases: int,
     done: Set[tuple[str, int]] = frozenset(),
 ) -> Results:
-    _write_config(out, _config(engine.record(), plan, cases, batch_cases))
+    _write_config(out, engine.record(), plan, cases, batch_cases)
     manifest = Manifest(out)
     manifest.begin()
     names = [method.name for method in plan.methods]
@@ -218,12 +216,37 @@ def _identity(plan: Plan, cases: CaseFile, batch_cases: int) -> dict[str, Any]:
     return {"cases": cases.sha256, "batch_cases": batch_cases, **plan.texts()}
 
 
-def _config(record: dict[str, Any], plan: Plan, cases: CaseFile, batch_cases: int) -> dict[str, Any]:
-    """What is run. Parts belong to one table where ``identity`` and their method's settings are the same."""
-    return {
-        "identity": {**_identity(plan, cases, batch_cases), **record["origin"]},
-        "model": {"name": record["name"], "dtype": record["dtype"]},
-        "cases": {
+def _check_resumable(folder: Path, identity: dict[str, Any], cases: CaseFile) -> None:
+    """Raises a ValueError where a folder holds a run with another identity, or one of more cases."""
+    held = Results.find(folder)
+    if held is None:
+        return
+    held.check_same(identity)
+    if cases.n < held.config["cases"]["n"]:
+        raise ValueError(
+            f"{folder} holds a run of {held.config['cases']['n']} cases, and {cases.n} were given; give another "
+            "folder, or at least as many cases"
+        )
+
+
+def _write_config(folder: Path, record: dict[str, Any], plan: Plan, cases: CaseFile, batch_cases: int) -> None:
+    """Writes what is run. Parts belong to one table where ``identity`` and their method's settings are the same."""
+    versions = {library: version(library) for library in LIBRARIES}
+    held = Results.find(folder)
+    if held is not None and held.config["began"]["versions"] != versions:
+        log.warning("%s was begun with other versions of libraries (see its config.json)", folder)
+    Results.write(
+        folder,
+        {**_identity(plan, cases, batch_cases), **record["origin"]},
+        record["methods"],
+        began={
+            "versions": versions,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+        model={"name": record["name"], "dtype": record["dtype"]},
+        cases={
             "path": str(cases.path),
             "format": cases.format,
             "n": cases.n,
@@ -231,59 +254,5 @@ def _config(record: dict[str, Any], plan: Plan, cases: CaseFile, batch_cases: in
             "skipped": list(cases.skipped),
             "n_repeated": cases.n_repeated,
         },
-        "seed": plan.seed,
-        "methods": record["methods"],
-        "versions": {library: version(library) for library in LIBRARIES},
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _held(folder: Path) -> dict[str, Any] | None:
-    """The settings of the run that a folder holds.
-
-    Raises:
-        ValueError: its ``config.json`` is none of a benchmark.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        return None
-    try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if {"identity", "methods", "cases"} <= set(held):
-            return held
-    except (ValueError, TypeError):
-        pass
-    raise ValueError(f"{path} is not of a benchmark, or damaged; give another folder")
-
-
-def _check_same_run(folder: Path, config: dict[str, Any]) -> None:
-    """Raises a ValueError where a folder holds a run with another identity, other methods of a name, or more cases."""
-    held = _held(folder)
-    if held is None:
-        return
-    other = [key for key, value in config["identity"].items() if held["identity"].get(key) != value]
-    methods = config.get("methods", {})
-    other += [name for name, before in held["methods"].items() if methods.get(name, before) != before]
-    other += ["a smaller number of cases"] if config["cases"]["n"] < held["cases"]["n"] else []
-    if other:
-        raise ValueError(
-            f"{folder} holds another run: it differs in {', '.join(other)} (see {folder / CONFIG}); give another "
-            "folder, or the same settings to go on with it"
-        )
-
-
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Writes the settings, together with those of methods that the folder already holds."""
-    # As JSON has it, where tuples are lists.
-    config = json.loads(json.dumps(config))
-    _check_same_run(folder, config)
-    held = _held(folder)
-    if held is not None:
-        if held["versions"] != config["versions"]:
-            log.warning("%s was begun with other versions of libraries (see its config.json)", folder)
-        config |= {"methods": held["methods"] | config["methods"]}
-        config |= {name: held[name] for name in ("versions", "started")}
-    with replacing(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=1), encoding="utf-8")
+        seed=plan.seed,
+    )

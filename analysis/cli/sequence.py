@@ -1,7 +1,6 @@
 """Sequences and batches of edits."""
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,14 +26,11 @@ from analysis.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import pandas as pd
 
-    from analysis.edit_inputs import EditInputs
-    from analysis.methods import Method
     from analysis.sequences import EditSequence
-    from attn_drift.data.case_files import CaseFile
 
 # Columns of the steps as tables show them: in percent, as probabilities (but for the first on the page only), sizes.
 PERCENT = {"ES": "ES", "ES_argmax": "ES argmax", **{task: task for task in ("PS", "NS", "DNS", "RS")}}
@@ -65,9 +61,9 @@ def sequence_of_edits(
     if per_step < 1:
         raise ValueError(f"per_step is {per_step}; expected at least 1")
     given = read_cases(cases, skip_invalid=skip_invalid, limit=limit)
-    from analysis.edit_inputs import EditInputs
     from analysis.methods import parse_methods
-    from attn_drift.files import alone_in, replacing
+    from analysis.sequences import edit_sequences
+    from attn_drift.files import replacing
     from attn_drift.model.loading import load_model
 
     methods = [method for method in parse_methods(editors.split(",")) if method.editor is not None]
@@ -77,8 +73,7 @@ def sequence_of_edits(
     precision = precision_of(dtype)
     with console.status(f"loading {escape(model)}"):
         loaded = load_model(model, dtype=precision, device=device)
-    with alone_in(out):
-        found = _sequences(EditInputs(loaded, seed, moments), given, methods, out, per_step)
+    found = edit_sequences(loaded, given, [m.name for m in methods], out, per_step=per_step, seed=seed, moments=moments)
     with replacing(out / "sequence.json") as temporary:
         temporary.write_text(json.dumps(_record(found), indent=1), encoding="utf-8")
     _write_page(out / "sequence.html", model, found, per_step)
@@ -92,52 +87,6 @@ def sequence_of_edits(
     if left_out := next(iter(found.values())).left_out:
         say_left_out(len(left_out), left_out[0], "sequence.json")
         raise typer.Exit(TEXTS_LEFT_OUT)
-
-
-def _sequences(
-    inputs: "EditInputs", cases: "CaseFile", methods: "Sequence[Method]", out: Path, per_step: int
-) -> "dict[str, EditSequence]":
-    """A sequence for each method; what the folder holds of the same run is read."""
-    from analysis.sequences import RECORD, EditSequence, edit_sequence
-    from attn_drift.model.loading import origin
-
-    model, seed = inputs.model, inputs.seed
-    identity = {"cases": cases.sha256, "n": cases.n, "per_step": per_step, "seed": seed, **origin(model)}
-    _go_on(out, {"identity": identity, "methods": {m.name: m.bind(model).record(inputs) for m in methods}})
-    found = {}
-    for method in methods:
-        folder = out / "sequences" / re.sub(r"[^\w.+=-]", "_", method.name)
-        if (folder / RECORD).is_file():
-            found[method.name] = EditSequence.load(folder, model)
-        else:
-            found[method.name] = edit_sequence(
-                model, list(cases), method.name, per_step=per_step, seed=seed, moments=inputs.folder
-            )
-            found[method.name].save(folder)
-    return found
-
-
-def _go_on(out: Path, config: dict[str, Any]) -> None:
-    """Writes what is run; raises a ValueError for a folder that holds something else."""
-    from analysis.folder import CONFIG, RunFolder
-    from attn_drift.files import replacing
-
-    # As JSON has it, where tuples are lists.
-    config = json.loads(json.dumps(config))
-    if (out / CONFIG).is_file():
-        held = RunFolder(out).config
-        if not {"identity", "methods"} <= set(held):
-            raise ValueError(f"{out / CONFIG} is not of a sequence of edits; give another folder")
-        other = [key for key, value in config["identity"].items() if held["identity"].get(key) != value]
-        other += [name for name, value in config["methods"].items() if held["methods"].get(name, value) != value]
-        if other:
-            raise ValueError(
-                f"{out} holds another run: it differs in {', '.join(other)} (see {out / CONFIG}); give another folder, "
-                "or the same settings to go on with it"
-            )
-        config["methods"] = held["methods"] | config["methods"]
-    with replacing(out / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _record(found: "Mapping[str, EditSequence]") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.folder import RunFolder
+from attn_drift.run_folder import RunFolder
 
 SUMMARY = "evidence.json"
 PAGE = "report.html"

@@ -51,14 +51,14 @@ def _patching(found: Evidence) -> Section:
     bars.update_layout(title="Probability of the right object", yaxis_title="p(right)")
     told = [_told(table[table["task"] == share["task"]], share) for share in records(recovered(found))]
     checks = ", ".join(f"{row['check']} {row['deviation']:.1g}" for row in records(found.table("checks")))
-    config = found.config
+    identity = found.identity
     asked = (
-        f"{config['cases']['n']} facts of {config['model']['name']}, each edited alone by ROME at layer "
-        f"{config['config']['layer']}. Vanilla attention patterns are written into the edited run: what comes back was "
-        "lost because heads look elsewhere; what only comes back with the outputs of attention was lost because of "
+        f"{identity['cases']['n']} facts of {identity['model']['name']}, each edited alone by ROME at layer "
+        f"{identity['config']['layer']}. Vanilla attention patterns are written into the edited run: what comes back "
+        "was lost because heads look elsewhere; what only comes back with the outputs of attention was lost because of "
         "what they read where they always looked. Brackets, here and below: 95 % intervals from drawing cases; of "
         f"fewer than 15 cases they are too narrow. Single heads, substitution, tracing and the trade-offs are of the "
-        f"first {config['studied']} facts."
+        f"first {identity['studied']} facts."
     )
     checked = f"What must change nothing, or everything (largest deviation of a probability): {checks}."
     return Section("Does the damage go through attention?", [asked, *told, checked], _wide(table), [bars])
@@ -235,7 +235,7 @@ def _signed(row: Row, name: str) -> str:
 
 
 def _rules(found: Evidence) -> Section:
-    gamma = found.config["gamma"]
+    gamma = found.identity["gamma"]
     told = [
         "layer_max is the paper's rule. random holds as many heads of a text as it would, but none of those: the "
         "placebo. selected: heads that the rule names at the last step; with value 0 nothing is held, and it is the "
@@ -248,8 +248,8 @@ def _rules(found: Evidence) -> Section:
 
 def _wordings(found: Evidence) -> list[Section]:
     """None where the cases offer one wording only."""
-    gamma, table = found.config["gamma"], found.table("tradeoffs")
-    if found.config["wordings"]["n"] < 2:
+    gamma, table = found.identity["gamma"], found.table("tradeoffs")
+    if found.identity["wordings"]["n"] < 2:
         return []
     told = [
         "The number of texts per edit is the same. PS leaves out the wordings that some edit uses. The keys of every "
@@ -260,7 +260,7 @@ def _wordings(found: Evidence) -> list[Section]:
     section = _study(found, WORDINGS, "How many wordings", told)
     heads = found.table("arm_heads")
     used = heads[(heads["study"] == WORDINGS) & (heads["value"] == gamma)].drop(columns="value")
-    drifts = used[used["layer"] > found.config["config"]["layer"]].rename(columns={"drift": "value", "line": "panel"})
+    drifts = used[used["layer"] > found.identity["config"]["layer"]].rename(columns={"drift": "value", "line": "panel"})
     figure = plots.head_map(drifts, f"Drift on DNS texts by head, gamma {gamma:g}", "drift")
     return [Section(section.title, section.paragraphs, section.table, [*section.figures, figure])]
 

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -29,13 +28,12 @@ from analysis.evidence.page import sections
 from analysis.evidence.plan import Plan
 from analysis.evidence.studies import Edited
 from analysis.evidence.summary import summarize
-from analysis.folder import CONFIG
 from analysis.methods import NONE
 from analysis.report import write_report
 from attn_drift.data.cases import Case
 from attn_drift.editors.rome import ROMEConfig, rome
 from attn_drift.edits.edit import Edit
-from attn_drift.files import alone_in, replacing
+from attn_drift.files import replacing
 from attn_drift.restrictions.sadr import SADR
 
 log = logging.getLogger(__name__)
@@ -78,8 +76,7 @@ def evidence(
     """
     out = Path(out)
     plan = Plan.of(model, cases, studied, wordings, config, gamma, seed)
-    with alone_in(out):
-        _write_config(out, plan.identity(model))
+    with Evidence.claimed(out, plan.identity(model)):
         _Run(model, plan, out).everything()
         return _written(Evidence(out))
 
@@ -88,21 +85,9 @@ def _written(found: Evidence) -> Evidence:
     """The evidence, with its JSON file and its page."""
     with replacing(found.folder / SUMMARY) as temporary:
         temporary.write_text(json.dumps(summarize(found), indent=1, allow_nan=False), encoding="utf-8")
-    title = f"Why edits of {found.config['model']['name']} break other knowledge"
+    title = f"Why edits of {found.identity['model']['name']} break other knowledge"
     write_report(found.folder / PAGE, title, sections(found))
     return found
-
-
-def _write_config(out: Path, identity: dict[str, Any]) -> None:
-    path = out / CONFIG
-    if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in identity if held.get(key) != identity[key]]
-        if differing:
-            raise ValueError(f"{out} holds another run, which differs in {differing}; give another folder")
-        return
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
 
 
 class _Run:

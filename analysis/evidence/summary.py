@@ -30,8 +30,8 @@ NAMES = {
 def summarize(found: Evidence) -> dict[str, Any]:
     """Everything as JSON takes it; what is not defined is null."""
     summary = {
-        **{key: found.config[key] for key in ("model", "cases", "studied", "wordings", "gamma", "seed")},
-        "layer": found.config["config"]["layer"],
+        **{key: found.identity[key] for key in ("model", "cases", "studied", "wordings", "gamma", "seed")},
+        "layer": found.identity["config"]["layer"],
         "checks": found.table("checks").set_index("check")["deviation"].to_dict(),
         "patching": _patching(found),
         "substitution": _substitution(found),

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.files import alone_in, replacing
+from attn_drift.files import replacing
 from attn_drift.model.changes import exclusive
 from attn_drift.model.loading import check_model, disturbance, origin
 from attn_drift.model.tokens import Tokens, encode_windows
@@ -29,10 +29,10 @@ from attn_drift.moments.convergence import Convergence, doublings
 from attn_drift.moments.corpora import Corpus, read_corpus
 from attn_drift.moments.gram import BLOCK, KeySums, batches
 from attn_drift.moments.second_moment import SecondMoment, means_
+from attn_drift.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.json"
 CHECKPOINT = "checkpoint.safetensors"
 CONVERGENCE = "convergence.parquet"
 
@@ -95,8 +95,7 @@ def stream_moments(
     sums = KeySums(model, layers)
     if not isinstance(corpus, Corpus):
         corpus = read_corpus(corpus)
-    with alone_in(out):
-        _check_same_run(out, _identity(model, layers, corpus, n_tokens, length))
+    with MomentsFolder.claimed(out, _identity(model, layers, corpus, n_tokens, length)):
         if (out / CONVERGENCE).is_file():
             return _finished(out, layers)
         return _Stream(sums, corpus, n_tokens, length, out).run()
@@ -115,16 +114,10 @@ def _identity(
     }
 
 
-def _check_same_run(out: Path, identity: dict[str, Any]) -> None:
-    path = out / CONFIG
-    if not path.is_file():
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-        return
-    held = json.loads(path.read_text(encoding="utf-8"))
-    differing = [key for key in identity if held.get(key) != identity[key]]
-    if differing:
-        raise ValueError(f"{out} holds another run, which differs in {differing}; give another folder")
+class MomentsFolder(RunFolder):
+    """A folder of second moments."""
+
+    KIND = "second moment"
 
 
 def moment_path(out: Path, layer: int) -> Path:
