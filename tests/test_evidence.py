@@ -141,7 +141,7 @@ def test_errors_come_before_the_model_runs(
             evidence(model, given, tmp_path, **options)
     assert not list(tmp_path.iterdir())
     (tmp_path / "config.json").write_text('{"kind": "evidence", "identity": {"seed": 7}}')
-    with pytest.raises(ValueError, match="holds another run, which differs in .*seed"):
+    with pytest.raises(ValueError, match=r"holds another run, which differs in .*seed"):
         evidence(model, good, tmp_path)
 
 
