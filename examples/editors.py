@@ -16,11 +16,10 @@ import torch
 from tqdm.auto import tqdm
 
 import attn_drift as ad
-from analysis import plots
-from analysis.drift import measures as drift
+from analysis import drift, plots
 from analysis.edit_inputs import EditInputs
 from analysis.methods import NONE, Method
-from analysis.scoring import score as specificity
+from analysis.scoring.score import score
 from analysis.scoring.scores import Scores
 from analysis.statistics import bootstrap
 from attn_drift.data.cases import Case
@@ -59,7 +58,7 @@ def measure(name: str, drawn: list[Drawn]) -> tuple[dict[str, object], Scores]:
         made = method.edits([case.request for case in cases], inputs)
         seconds += time.process_time() - started
         edits += made or []
-        frame = specificity.score(inputs.model, cases, made).frame
+        frame = score(inputs.model, cases, made).frame
         frames.append(frame.assign(case=frame["case"] + f" seed {inputs.seed}"))
         attention.append(max_head(inputs, cases, made))
     scores = Scores(pd.concat(frames))

@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from analysis import plots
-from analysis.drift import measures as drift
-from analysis.scoring import score as specificity
+from analysis import drift, plots
+from analysis.scoring.score import score
 from analysis.scoring.scores import Scores
 from attn_drift.data.cases import Case
 from attn_drift.demo.cases import demo_cases, rephrased
@@ -36,7 +35,7 @@ def measure(model: TransformerBridge, world: World, wording: str, gamma: float) 
         cases: list[Case] = demo_cases(world, 24, seed)
         requests = [case.request if wording == WORDINGS[0] else rephrased(world, case) for case in cases]
         edits = ad.rome(model, requests, restrict=ad.SADR(gamma=gamma), generator=torch.Generator().manual_seed(seed))
-        frame = specificity.score(model, cases, edits).frame
+        frame = score(model, cases, edits).frame
         frames.append(frame.assign(case=frame["case"] + f" seed {seed}"))
         texts = [
             (probe.text, case, edit) for case, edit in zip(cases, edits, strict=True) for probe in case.probes["DNS"]

@@ -18,7 +18,7 @@ import attn_drift as ad
 from analysis.scoring import score_and_generate as answers
 from analysis.scoring.generation import GenerationPrompt, text_of
 from analysis.scoring.score_and_generate import CompletionQuery, ask
-from attn_drift.inference import memory as budget
+from attn_drift.inference import memory
 from attn_drift.model.tokens import Completion, Tokens
 
 Make = Callable[..., TransformerBridge]
@@ -79,8 +79,8 @@ def test_answers_do_not_depend_on_the_company(kind: str, seed: int, worth: int, 
     model = bridge(kind, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers, "WORTH", worth)
-        patch.setattr(budget, "BATCH_TOKENS", at_once)
-        patch.setattr(budget, "TOKENS_PER_RUN", price)
+        patch.setattr(memory, "BATCH_TOKENS", at_once)
+        patch.setattr(memory, "TOKENS_PER_RUN", price)
         found, told = ask(model, [question for _, question in questions], [opening for _, opening in openings])
     assert n_hooks(model) == 0
     tolerance = 1e-9 if kind == "gpt2" else 1e-5
@@ -98,7 +98,7 @@ def test_openings_of_a_chunk_go_on_together(make_model: Make, monkeypatch: pytes
     """Texts of any length: one run for each further token, not one for each of their groups."""
     model = make_model("gpt2")
     runs: list[int] = []
-    monkeypatch.setattr(budget, "TOKENS_PER_RUN", 0)
+    monkeypatch.setattr(memory, "TOKENS_PER_RUN", 0)
     model.blocks[0].hook_in.add_hook(lambda stream, hook: runs.append(stream.shape[1]))
     texts = [tokens_of([7] * n) for n in (2, 9, 30)]
     ask(model, [], [GenerationPrompt(None, text, 8) for text in texts])

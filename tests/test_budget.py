@@ -14,7 +14,7 @@ from test_generation import bridge
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.inference import memory as budget
+from attn_drift.inference import memory
 from attn_drift.inference.frozen_forward import fused, replaced
 from attn_drift.inference.kv_cache import Prefixes, Suffixes
 from attn_drift.inference.memory import Budget, Size, estimate, free_memory, parted
@@ -56,7 +56,7 @@ def divided(places: list[int]) -> Iterator[list[list[int]]]:
 def test_no_other_groups_cost_less(texts: Texts, price: int) -> None:
     """Every place is in one group, no group is wider than the limit, and all ways to do that cost as much or more."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "TOKENS_PER_RUN", price)
+        patch.setattr(memory, "TOKENS_PER_RUN", price)
         groups = parted([start for start, _ in texts], [length for _, length in texts], LIMIT)
     assert sorted(place for group in groups for place in group) == list(range(len(texts)))
     ways = [way for way in divided(list(range(len(texts)))) if all(columns(group, texts) <= LIMIT for group in way)]
@@ -71,9 +71,9 @@ def test_groups_cost_no_more_than_one_or_one_for_each_length(texts: Texts) -> No
     lengths = [length for _, length in texts]
     groups = parted([start for start, _ in texts], lengths, 1000)
     of_each = [[i for i, other in enumerate(lengths) if other == length] for length in set(lengths)]
-    best = cost(groups, texts, budget.TOKENS_PER_RUN)
-    assert best <= cost([range(len(texts))], texts, budget.TOKENS_PER_RUN)
-    assert best <= cost(of_each, texts, budget.TOKENS_PER_RUN)
+    best = cost(groups, texts, memory.TOKENS_PER_RUN)
+    assert best <= cost([range(len(texts))], texts, memory.TOKENS_PER_RUN)
+    assert best <= cost(of_each, texts, memory.TOKENS_PER_RUN)
     assert [max(lengths[i] for i in group) for group in groups] == sorted({max(lengths[i] for i in g) for g in groups})
 
 
@@ -144,7 +144,7 @@ def test_one_row_is_always_allowed(new: int, before: int, read: int, room: float
     size = Size(1, new, before + new, read)
     most = Budget(model, room).most_rows(size, gradients)
     assert most >= 1 and Budget(model, room).allows(size, gradients)
-    assert most == 1 or (most * new <= budget.BATCH_TOKENS and most * estimate(model, size, gradients) <= room)
+    assert most == 1 or (most * new <= memory.BATCH_TOKENS and most * estimate(model, size, gradients) <= room)
 
 
 def test_free_memory_of_the_cpu() -> None:
@@ -176,8 +176,8 @@ def test_a_limit_of_the_container_counts(
         write_group(tmp_path / "groups" / group, limit)
     (tmp_path / "own").write_text("3:cpu,cpuacct:/elsewhere\n0::/jobs/7\n")
     files = (tmp_path / "groups", "memory.max", "memory.current", "inactive_file")
-    monkeypatch.setattr(budget, "GROUPS", {"": files})
-    monkeypatch.setattr(budget, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "GROUPS", {"": files})
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
     found = free_memory(torch.device("cpu"))
     assert found == left if left is not None else found > 2**20
     (tmp_path / "own").unlink()

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
 from analysis.scoring.score_and_generate import CompletionQuery, answer
-from attn_drift.inference import memory as budget
+from attn_drift.inference import memory
 from attn_drift.inference.frozen_forward import replaced
 from attn_drift.model.changes import Claim, claimed, exclusive, on_behalf
 from attn_drift.model.hooks import hooks_attached, read
@@ -179,7 +179,7 @@ def test_values_are_found_where_autograd_computes_anew_in_a_thread_of_its_own(
         thread.join()
         return calls[-1]
 
-    monkeypatch.setattr(budget, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(memory, "BATCH_TOKENS", 1)
     expected = make()
     monkeypatch.setattr(torch.autograd, "grad", elsewhere)
     edit = make()

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import attn_drift as ad
 from analysis.scoring.generation import GenerationPrompt, continued
 from analysis.scoring.score_and_generate import continuations
-from attn_drift.inference import memory as budget
+from attn_drift.inference import memory
 from attn_drift.inference.kv_cache import Prefixes, Suffixes
 from attn_drift.inference.memory import Budget
 from attn_drift.model.loading import down_projection
@@ -168,8 +168,8 @@ def alone(architecture: str, request: Request) -> str:
 def test_company_changes_nothing(architecture: str, requests: list[Request], tokens: int, free: int) -> None:
     model = bridge(architecture)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "BATCH_TOKENS", tokens)
-        patch.setattr(budget, "free_memory", lambda device: free)
+        patch.setattr(memory, "BATCH_TOKENS", tokens)
+        patch.setattr(memory, "free_memory", lambda device: free)
         together = continuations(model, [opening(model, architecture, request) for request in requests])
     assert together == [alone(architecture, request) for request in requests]
 

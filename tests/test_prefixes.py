@@ -12,7 +12,7 @@ from test_generation import bridge
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.inference import memory as budget
+from attn_drift.inference import memory
 from attn_drift.inference.kv_cache import Prefixes, Suffixes
 from attn_drift.inference.memory import Budget
 from attn_drift.model.hooks import embedding_point, hooks_attached, shift_hook
@@ -128,7 +128,7 @@ def test_texts_are_read_in_parts_that_fit(kind: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Prefixes, "extended", counted)
     once = Prefixes.read(model, names, rows, Budget.of(model))
-    monkeypatch.setattr(budget, "BATCH_TOKENS", 60)
+    monkeypatch.setattr(memory, "BATCH_TOKENS", 60)
     parts = Prefixes.read(model, names, rows, Budget.of(model))
     assert sizes == [6, 2, 2]
     assert parts.names == once.names and torch.equal(parts.mask, once.mask)

@@ -16,7 +16,7 @@ from test_edits import random_edit
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift.inference import memory as budget
+from attn_drift.inference import memory
 from attn_drift.inference.memory import Budget
 from attn_drift.model.hooks import mlp_out_point, resid_post_point, value_point
 from attn_drift.prompts import RewritingBatch, request_prompts, rewriting_batch, suffix_batches
@@ -51,7 +51,7 @@ def test_cached_prefixes_change_nothing(
     model = make_model(architecture, torch.float64, bos=bos)
     model.tokenizer.padding_side = "right"
     texts = [request_prompts(model, request, CONTEXTS) for request in REQUESTS]
-    monkeypatch.setattr(budget, "TOKENS_PER_RUN", 5)
+    monkeypatch.setattr(memory, "TOKENS_PER_RUN", 5)
     batches = suffix_batches(model, texts, Budget.of(model))
     assert len(batches) > 2 and all((batch.subject_last == batch.offset).all() for batch in batches)
     config = ValueConfig(steps=20, learning_rate=0.1)
@@ -133,7 +133,7 @@ def test_memory_changes_nothing(
         return recomputed(self, edited)
 
     monkeypatch.setattr(RecomputedPass, "run", run)
-    monkeypatch.setattr(budget, "BATCH_TOKENS", tokens)
+    monkeypatch.setattr(memory, "BATCH_TOKENS", tokens)
     split = optimize_values(model, [value_point(0)], texts, config, term)
     assert parts and (tokens > 1 or set(parts) == {1})
     for a, b in zip(split, whole, strict=True):
@@ -158,7 +158,7 @@ def test_what_a_group_held_is_free_before_the_next(
             made.append(weakref.ref(self))
 
     monkeypatch.setattr(values, "Optimization", Watched)
-    monkeypatch.setattr(budget, "BATCH_TOKENS", tokens)
+    monkeypatch.setattr(memory, "BATCH_TOKENS", tokens)
     gc.collect()
     gc.disable()
     try:
@@ -193,7 +193,7 @@ def test_what_is_recomputed_is_not_held(
     model = make_model("gpt2")
     texts = [request_prompts(model, REQUESTS[0], CONTEXTS)]
     for tokens, held in ((2**14, True), (1, False)):
-        monkeypatch.setattr(budget, "BATCH_TOKENS", tokens)
+        monkeypatch.setattr(memory, "BATCH_TOKENS", tokens)
         term = Watching(restrict.bind(model, 0))
         optimize_values(model, [value_point(0)], texts, ValueConfig(steps=3, stop_loss=-1.0), term)
         assert len(term.held) >= 3 and all((n > 0) == held for n in term.held)
@@ -212,7 +212,7 @@ def test_a_small_budget_splits_requests_whatever_a_restriction_would_look_at(
         init(self, *args)
 
     monkeypatch.setattr(Optimization, "__init__", counted)
-    monkeypatch.setattr(budget, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(memory, "BATCH_TOKENS", 1)
     optimize_values(model, [value_point(0)], texts, ValueConfig(steps=1), writing=lambda deltas: {})
     assert sizes == [1, 1, 1]
     assert optimize_values(model, [value_point(0)], [], ValueConfig(steps=1)) == []
@@ -248,7 +248,7 @@ def test_every_text_is_in_one_batch(subjects: list[str], more: list[str], price:
     contexts = ["{}", *more]
     texts = [request_prompts(small, ad.EditRequest("{} plays the", s, "cello"), contexts) for s in subjects]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "TOKENS_PER_RUN", price)
+        patch.setattr(memory, "TOKENS_PER_RUN", price)
         batches = suffix_batches(small, texts, Budget.of(small))
     whole = rewriting_batch(small, texts)
     places = torch.cat([batch.place for batch in batches])

@@ -18,8 +18,7 @@ from analysis.comparison import tradeoffs
 from analysis.comparison.arms import Outcome, arm
 from analysis.comparison.equal_efficacy import at_equal_efficacy
 from analysis.comparison.tradeoffs import Point
-from analysis.drift import correlation
-from analysis.drift import head_types as head_kinds
+from analysis.drift import correlation, head_types
 from analysis.drift import heads as selection
 from analysis.edit_inputs import EditInputs
 from analysis.evidence import studies
@@ -129,7 +128,7 @@ class _Run:
             "substitution": lambda: studies.substitution(self._few),
             "tracing": lambda: studies.tracing(self._few),
             "falls": lambda: correlation.measure(model, self._edited.texts),
-            "head_kinds": lambda: head_kinds.head_kinds(model, plan.facts),
+            "head_kinds": lambda: head_types.head_kinds(model, plan.facts),
             "wording_heads": lambda: studies.wording_heads(self._few, own),
         }
 
@@ -193,7 +192,7 @@ class _Run:
         seed = self.plan.seed
         self._write("correlation", correlation.correlate(self._table("falls"), seed=seed))
         self._write("agreement", selection.agreement(self._table("drift"), seed))
-        self._write("kinds", head_kinds.kinds_of_drifting(self._table("drift"), self._table("head_kinds")))
+        self._write("kinds", head_types.kinds_of_drifting(self._table("drift"), self._table("head_kinds")))
         self._write("wording_agreement", selection.agreement(self._table("wording_heads"), seed))
 
     def _write_tradeoffs(self) -> None:
