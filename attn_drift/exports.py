@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from attn_drift.bridges import check_bridge
 from attn_drift.changes import exclusive
 from attn_drift.edits import Edit, compose, written_in
 from attn_drift.files import replacing
@@ -57,6 +58,8 @@ def export(model: TransformerBridge, edit: Edit | None, folder: str | Path) -> N
 
 def _check_kinds(model: object, edit: object, folder: object) -> None:
     """Raises a ValueError for arguments in another order, or of another kind."""
+    if isinstance(edit, Edit | None) and isinstance(folder, str | os.PathLike):
+        check_bridge(model)
     if not (
         isinstance(model, TransformerBridge) and isinstance(edit, Edit | None) and isinstance(folder, str | os.PathLike)
     ):

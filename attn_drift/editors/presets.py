@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.models import DEMO, check_bridge
+from attn_drift.bridges import check_bridge
+from attn_drift.models import DEMO
 
 log = logging.getLogger(__name__)
 
