@@ -202,7 +202,7 @@ def test_blocks_of_one_thread_nest_and_end_in_any_order(small: TransformerBridge
 
 
 def test_only_models_are_claimed(small: TransformerBridge) -> None:
-    with pytest.raises(ValueError, match="a str was given as the model; expected what load_model returns"):
+    with pytest.raises(ValueError, match="expected a TransformerBridge: make it with load_model"):
         unwrap(Claim.__init__)(object.__new__(Claim), "demo", "a test")
     assert exclusive(lambda model: model)("demo") == "demo"  # for the function to judge
     assert exclusive(fingerprint)(model=small) == fingerprint(small)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +31,13 @@ WRITING = [PACKAGE / name for name in ("changes.py", "edits.py", "weights.py")]
 
 # How many of the interrupts at random lines; an attack takes more than a test run.
 N_RANDOM = int(os.environ.get("ATTN_DRIFT_INTERRUPTS", "40"))
+
+
+@pytest.fixture(autouse=True)
+def _gradients() -> Iterator[None]:
+    """An interrupt between the lines of torch's own `no_grad` leaves it on, for the tests that follow too."""
+    yield
+    torch.set_grad_enabled(True)
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +268,9 @@ def test_interrupts_at_random_lines(model: TransformerBridge, caplog: pytest.Log
         lines.run(tasks[name], generator.randrange(totals[name]))
         interrupted += lines.place != ""
         place = f"{name} at {lines.place}"
+        # Between the lines of torch's own `no_grad` an interrupt leaves it on, which functions that run a model undo.
+        assert torch.is_grad_enabled() or name in ("applied", "write_to"), place
+        torch.set_grad_enabled(True)
         if attachments_of(model) != before:
             caplog.clear()
             with caplog.at_level(logging.WARNING):

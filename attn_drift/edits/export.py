@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from attn_drift.edits.edit import Edit, compose, written_in
 from attn_drift.edits.low_rank import check_finite_sum, identities
 from attn_drift.files import replacing
+from attn_drift.model.bridge import check_bridge
 from attn_drift.model.changes import exclusive
 from attn_drift.model.loading import check_model, down_projection
 from attn_drift.model.tokens import own_tokenizer
@@ -57,6 +58,8 @@ def export(model: TransformerBridge, edit: Edit | None, folder: str | Path) -> N
 
 def _check_kinds(model: object, edit: object, folder: object) -> None:
     """Raises a ValueError for arguments in another order, or of another kind."""
+    if isinstance(edit, Edit | None) and isinstance(folder, str | os.PathLike):
+        check_bridge(model)
     if not (
         isinstance(model, TransformerBridge) and isinstance(edit, Edit | None) and isinstance(folder, str | os.PathLike)
     ):

@@ -104,6 +104,17 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     }
 
 
+def check_bridge(model: object) -> None:
+    """Raises a ValueError for what is given in the place of a bridge."""
+    if not isinstance(model, TransformerBridge):
+        given, load = f"a {type(model).__name__}", "load_model"
+        if isinstance(model, PreTrainedModel):
+            given, load = f"Hugging Face's {type(model).__name__}", "load_model(model, tokenizer)"
+        elif isinstance(model, str):
+            given, load = f"the name {model!r:.80}", f"load_model({model!r:.80})"
+        raise ValueError(f"the model is {given}; expected a TransformerBridge: make it with {load}")
+
+
 def check_fast(tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Raises a ValueError for a tokenizer without character offsets."""
     if not getattr(tokenizer, "is_fast", False):

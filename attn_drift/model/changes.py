@@ -12,7 +12,10 @@ from inspect import GEN_CLOSED, getgeneratorstate
 from typing import ParamSpec, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 from transformer_lens.model_bridge import TransformerBridge
+
+from attn_drift.model.bridge import check_bridge
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,7 @@ class Claim:
     generator: ReferenceType[Generator[None, None, None]]
 
     def __init__(self, model: TransformerBridge, purpose: str) -> None:
-        if not isinstance(model, TransformerBridge):
-            raise ValueError(f"a {type(model).__name__} was given as the model; expected what load_model returns")
+        check_bridge(model)
         self.model, self.purpose = model, purpose
 
     def __str__(self) -> str:
@@ -67,9 +69,14 @@ class Change(Claim):
 
 
 class _Call(Claim):
-    """The claim of a function that runs the model: whatever was begun inside ends with it."""
+    """The claim of a function that runs the model: whatever was begun inside ends with it, torch's modes too."""
+
+    def make(self) -> None:
+        self.gradients = torch.is_grad_enabled()
 
     def undo(self) -> None:
+        # An interrupt while torch.no_grad() ends leaves it on.
+        torch.set_grad_enabled(self.gradients)
         claims = _claims[self.model]
         for inner in reversed(claims[claims.index(self) + 1 :]):
             _end(inner)

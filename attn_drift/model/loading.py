@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from attn_drift.checks import describe, is_whole
-from attn_drift.model.bridge import boot, check_fast, check_weights_loaded, tokenizer_identity, wrap
+from attn_drift.model.bridge import boot, check_bridge, check_fast, check_weights_loaded, tokenizer_identity, wrap
 from attn_drift.model.hooks import (
     LIBRARIES,
     components,
@@ -135,17 +135,6 @@ def check_model(model: TransformerBridge) -> None:
                     f"{model.cfg.model_name} has no {point}: only models with attention and a dense "
                     "MLP in every layer can be edited here"
                 )
-
-
-def check_bridge(model: object) -> None:
-    """Raises a ValueError for what is given in the place of a bridge."""
-    if not isinstance(model, TransformerBridge):
-        given, load = f"a {type(model).__name__}", "load_model"
-        if isinstance(model, PreTrainedModel):
-            given, load = f"Hugging Face's {type(model).__name__}", "load_model(model, tokenizer)"
-        elif isinstance(model, str):
-            given, load = f"the name {model!r:.80}", f"load_model({model!r:.80})"
-        raise ValueError(f"the model is {given}; expected a TransformerBridge: make it with {load}")
 
 
 def _in_training(model: TransformerBridge) -> str | None:

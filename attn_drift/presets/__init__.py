@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from attn_drift.model.loading import DEMO, check_bridge
+from attn_drift.model.bridge import check_bridge
+from attn_drift.model.loading import DEMO
 
 log = logging.getLogger(__name__)
 
