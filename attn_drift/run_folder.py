@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from attn_drift.files import alone_in, replacing
 
@@ -59,7 +59,7 @@ class RunFolder:
         return identity
 
     @classmethod
-    def find(cls, folder: Path) -> Self | None:
+    def find(cls, folder: Path) -> "RunFolder | None":
         """The run of a folder; None where none was claimed."""
         return cls(folder) if (folder / CONFIG).is_file() else None
 
