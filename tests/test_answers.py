@@ -78,7 +78,7 @@ def test_answers_do_not_depend_on_the_company(kind: str, seed: int, worth: int, 
             openings.append((edit, GenerationPrompt(edits[edit], tokens_of(ids), length, random.choice((None, 3)))))
     model = bridge(kind, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "WORTH", worth)
+        patch.setattr(answers, "MIN_SHARED_TOKENS", worth)
         patch.setattr(memory, "BATCH_TOKENS", at_once)
         patch.setattr(memory, "TOKENS_PER_RUN", price)
         found, told = ask(model, [question for _, question in questions], [opening for _, opening in openings])

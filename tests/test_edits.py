@@ -283,7 +283,7 @@ def test_rows_of_one_edit_hold_it_once(small: TransformerBridge, monkeypatch: py
         ranks.append(len(keys))
         return made(layer, keys, values, owned)
 
-    monkeypatch.setattr(edits_module, "updating", counted)
+    monkeypatch.setattr(edits_module, "low_rank_update_hooks", counted)
     wide, other = random_edit(small, 0, rank=50), random_edit(small, 1, (1, 2), rank=2)
     with ad.applied_to_rows(small, [wide, other] * 30):
         pass

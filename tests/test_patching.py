@@ -244,6 +244,6 @@ def test_bad_arguments_are_named(small: TransformerBridge) -> None:
 def test_a_model_whose_heads_put_out_something_else_is_refused(
     small: TransformerBridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.causal.patching.attended", lambda pattern, values: 0 * values)
+    monkeypatch.setattr("analysis.causal.patching.pattern_times_values", lambda pattern, values: 0 * values)
     with pytest.raises(RuntimeError, match="the heads' output is not pattern @ values"):
         patch_attention(small, asked(small), asked(small), {(1, 0)})

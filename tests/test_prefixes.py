@@ -95,7 +95,7 @@ def test_prefixes_are_left_as_they_were(kind: str) -> None:
     prefixes = Prefixes.read(model, ["a", "b", "c"], [text(random, n) for n in (3, 9, 1)], Budget.of(model))
     before, suffixes = state(prefixes), Suffixes.of(model, [text(random, n) for n in (4, 1, 2)])
     first, _ = prefixes.run_on(model, suffixes, all_columns(suffixes))
-    prefixes.extend(model, suffixes, all_columns(suffixes))[1].picked([0, 2])
+    prefixes.extend(model, suffixes, all_columns(suffixes))[1].select([0, 2])
     Prefixes.concat([prefixes, prefixes.select([2])])
     assert all(torch.equal(a, b) for a, b in zip(state(prefixes), before, strict=True))
     assert torch.equal(prefixes.run_on(model, suffixes, all_columns(suffixes))[0], first)
@@ -120,13 +120,13 @@ def test_texts_are_read_in_parts_that_fit(kind: str, monkeypatch: pytest.MonkeyP
     rows = [text(random, n) for n in (0, 0, 5, 0, 30, 2)]
     names = [str(ids) for ids in rows]
     sizes: list[int] = []
-    extended = Prefixes.extended
+    extended = Prefixes.extend
 
     def counted(self: Prefixes, *args: Any) -> Any:
         sizes.append(len(self.names))
         return extended(self, *args)
 
-    monkeypatch.setattr(Prefixes, "extended", counted)
+    monkeypatch.setattr(Prefixes, "extend", counted)
     once = Prefixes.read(model, names, rows, Budget.of(model))
     monkeypatch.setattr(memory, "BATCH_TOKENS", 60)
     parts = Prefixes.read(model, names, rows, Budget.of(model))

@@ -185,7 +185,7 @@ def test_batches_padding_and_order_change_nothing(
     model.tokenizer.padding_side = side
     with pytest.MonkeyPatch.context() as patch:
         set_batches(patch, tokens, free)
-        patch.setattr("analysis.scoring.score_and_generate.WORTH", worth)
+        patch.setattr("analysis.scoring.score_and_generate.MIN_SHARED_TOKENS", worth)
         frame = score(model, [CASES[i] for i in order], [edits[i] for i in order]).frame
     expected = small_rows(architecture, torch.float32, False)
     assert_rows(frame, [row for i in order for row in expected if row["case"] == CASES[i].case_id], 1e-5)

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import attn_drift as ad
-from analysis.causal import interventions, substitution
+from analysis.causal import interventions, substitution, tracing
 from analysis.causal.interventions import Batch, Text, outcomes
 from analysis.causal.substitution import substitute, sweep_windows
 from analysis.causal.tracing import causal_trace
@@ -228,7 +228,7 @@ def test_tracing_equals_a_raw_model(make_model: Make, architecture: str, monkeyp
             noise[position] = torch.randn(d_model, generator=torch.Generator().manual_seed(100 * draw + position))
         return noise
 
-    monkeypatch.setattr(substitution, "_noise", fixed)
+    monkeypatch.setattr(tracing, "_noise", fixed)
     groups: dict[str, list[list[int]]] = {
         "subject_first": [[subject[0]]],
         "subject_middle": [[i] for i in subject[1:-1]],

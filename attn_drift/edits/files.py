@@ -108,7 +108,7 @@ def _tensors(edit: StoredEdit) -> dict[str, Tensor]:
     for layer, update in edit.updates.items():
         tensors[f"layers.{layer}.keys"], tensors[f"layers.{layer}.values"] = update.keys, update.values
         if update.target_keys is not None:
-            tensors[f"layers.{layer}.target_keys"] = update.target_keys
+            tensors[f"layers.{layer}.served"] = update.target_keys
     for i, history in enumerate(edit.histories):
         tensors |= {f"histories.{i}.{name}": tensor for name, tensor in history.tensors().items()}
     return tensors
