@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import attn_drift as ad
-from analysis.causal import interventions, substitution, tracing
+from analysis.causal import interventions, tracing
 from analysis.causal.interventions import Batch, Text, outcomes
 from analysis.causal.substitution import substitute, sweep_windows
 from analysis.causal.tracing import causal_trace
