@@ -277,7 +277,7 @@ def test_rows_carry_their_own_edits(make_model: Make, architecture: str) -> None
 def test_rows_of_one_edit_hold_it_once(small: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch edit of many facts is not copied for each text."""
     ranks: list[int] = []
-    made = edits_module.updating
+    made = edits_module.low_rank_update_hooks
 
     def counted(layer: int, keys: Tensor, values: Tensor, owned: Tensor | None = None) -> list[Hook]:
         ranks.append(len(keys))

@@ -10,7 +10,7 @@ from test_memit import CONTEXTS, LAYERS, REQUESTS, moments_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import attn_drift as ad
-from attn_drift.editors import shared
+from attn_drift.editors import base
 from attn_drift.editors.multilayer import MultiLayerConfig, edit_batches
 from attn_drift.editors.spread import Site, Spread
 from attn_drift.model.hooks import key_point, read, resid_post_point
@@ -202,7 +202,7 @@ def test_an_explosion_is_said_with_figures(
     options = {"contexts": CONTEXTS, "moments": moments_of(model)}
     ad.memit(model, REQUESTS[0], config=CONFIGS[0], **options)
     said = caplog.text.count("explodes")
-    monkeypatch.setattr(shared, "EXPLODED", 0.0)
+    monkeypatch.setattr(base, "EXPLODED", 0.0)
     ad.memit(model, REQUESTS[0], config=CONFIGS[0], **options)
     assert caplog.text.count("explodes") == said + len(LAYERS)
     assert "times their size (its norm is" in caplog.text and "that of the weight" in caplog.text

@@ -16,6 +16,7 @@ import attn_drift as ad
 from attn_drift.model.hooks import pattern_point, read
 from attn_drift.prompts import RewritingBatch, request_prompts, rewriting_batch
 from attn_drift.restrictions.divergences import DIVERGENCES
+from attn_drift.restrictions.head_rules import HeadRule
 
 Make = Callable[..., TransformerBridge]
 LAYERS = (1, 2)
@@ -43,9 +44,7 @@ def observed(model: TransformerBridge, sadr: ad.SADR) -> tuple[RewritingBatch, T
     "rule", [ad.LayerMax(), ad.AllHeads(), ad.TopK(3), ad.Margin(0.05), ad.FixedHeads(frozenset({(1, 2), (2, 0)}))]
 )
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_penalty_equals_plain_loops(
-    make_model: Make, divergence: str, queries: str, rule: ad.restriction.HeadRule, side: str
-) -> None:
+def test_penalty_equals_plain_loops(make_model: Make, divergence: str, queries: str, rule: HeadRule, side: str) -> None:
     model = make_model("gpt2", torch.float64)
     model.tokenizer.padding_side = side
     sadr = ad.SADR(gamma=0.3, heads=rule, divergence=divergence, queries=queries)
@@ -64,9 +63,7 @@ def test_penalty_equals_plain_loops(
         assert penalty.loss[b].item() == pytest.approx(0.3 * total, rel=1e-6, abs=1e-9)
 
 
-def chosen(
-    rule: ad.restriction.HeadRule, A: dict[int, Tensor], A_star: dict[int, Tensor], s: int
-) -> list[tuple[int, int]]:
+def chosen(rule: HeadRule, A: dict[int, Tensor], A_star: dict[int, Tensor], s: int) -> list[tuple[int, int]]:
     """The rules of method.md, section 3, written out."""
     heads = [(layer, head) for layer in A for head in range(len(A[layer]))]
     drift = {(layer, head): float(A_star[layer][head, s] - A[layer][head, s]) for layer, head in heads}
