@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import attn_drift as ad
 from analysis.scoring import score_and_generate as answers
 from analysis.scoring.generation import GenerationPrompt, text_of
-from analysis.scoring.score_and_generate import CompletionQuery, ask
+from analysis.scoring.score_and_generate import CompletionQuery, score_and_generate
 from attn_drift.inference import memory
 from attn_drift.model.tokens import Completion, Tokens
 
@@ -81,7 +81,9 @@ def test_answers_do_not_depend_on_the_company(kind: str, seed: int, worth: int, 
         patch.setattr(answers, "MIN_SHARED_TOKENS", worth)
         patch.setattr(memory, "BATCH_TOKENS", at_once)
         patch.setattr(memory, "TOKENS_PER_RUN", price)
-        found, told = ask(model, [question for _, question in questions], [opening for _, opening in openings])
+        found, told = score_and_generate(
+            model, [question for _, question in questions], [opening for _, opening in openings]
+        )
     assert n_hooks(model) == 0
     tolerance = 1e-9 if kind == "gpt2" else 1e-5
     for (edit, question), answer in zip(questions, found, strict=True):
@@ -101,6 +103,6 @@ def test_openings_of_a_chunk_go_on_together(make_model: Make, monkeypatch: pytes
     monkeypatch.setattr(memory, "TOKENS_PER_RUN", 0)
     model.blocks[0].hook_in.add_hook(lambda stream, hook: runs.append(stream.shape[1]))
     texts = [tokens_of([7] * n) for n in (2, 9, 30)]
-    ask(model, [], [GenerationPrompt(None, text, 8) for text in texts])
+    score_and_generate(model, [], [GenerationPrompt(None, text, 8) for text in texts])
     model.reset_hooks()
     assert runs[-7:] == [1] * 7 and len(runs) <= 3 + 7

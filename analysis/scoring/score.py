@@ -13,7 +13,7 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from analysis.scoring.generation import GenerationPrompt, check_room
-from analysis.scoring.score_and_generate import CompletionQuery, CompletionScore, ask
+from analysis.scoring.score_and_generate import CompletionQuery, CompletionScore, score_and_generate
 from analysis.scoring.scores import Scores
 from attn_drift.data.cases import TASKS, Case, Probe, Task
 from attn_drift.edits.edit import Edit
@@ -55,7 +55,7 @@ def score(model: TransformerBridge, cases: Sequence[Case], edits: Sequence[Edit 
     ]
     asked = [_asked(model, *given) for given in probes]
     questions = [question for a in asked for question in (a.right, a.wrong) if question is not None]
-    found, said = ask(model, questions, [a.opening for a in asked if a.opening is not None])
+    found, said = score_and_generate(model, questions, [a.opening for a in asked if a.opening is not None])
     answers, told = iter(found), iter(said)
     rows = [
         {"case": case_id, "task": task, "text": probe.text, "right": probe.right, "wrong": probe.wrong}

@@ -52,7 +52,7 @@ class CompletionScore:
 
 def answer(model: TransformerBridge, questions: Sequence[CompletionQuery]) -> list[CompletionScore]:
     """Teacher-forced log-probabilities of many completions, each under its own edit."""
-    return ask(model, questions, [])[0]
+    return score_and_generate(model, questions, [])[0]
 
 
 def continuations(model: TransformerBridge, openings: Sequence[GenerationPrompt]) -> list[str]:
@@ -64,11 +64,11 @@ def continuations(model: TransformerBridge, openings: Sequence[GenerationPrompt]
         ValueError: a text that does not fit the model's context together with its continuation.
         FloatingPointError: the model gives logits that are not finite.
     """
-    return ask(model, [], openings)[1]
+    return score_and_generate(model, [], openings)[1]
 
 
 @exclusive
-def ask(
+def score_and_generate(
     model: TransformerBridge, questions: Sequence[CompletionQuery], openings: Sequence[GenerationPrompt]
 ) -> tuple[list[CompletionScore], list[str]]:
     """`answer` to the questions and `continuations` of the openings, texts that both begin with read once."""
