@@ -11,6 +11,7 @@ the rows of the prompt's last token, in the heads that attend to the subject mor
     python tests/golden_numpy.py      # the values that test_golden.py holds
 """
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -238,11 +239,13 @@ MEMIT, MEMIT_LAYERS = Golden(layer=1, clamp=0.75, gamma=0.3, kl_factor=0.5), (0,
 
 def main() -> None:
     np.set_printoptions(precision=15, linewidth=110)
+    lines = []
     for name, settings in GOLDEN.items():
         delta, losses = Request(settings, *REQUESTS[0]).optimize()
-        print(name, "\n delta", repr(delta), "\n losses", losses)  # noqa: T201
-    print("direction", repr(Request(Golden(), *REQUESTS[0]).rome_direction()))  # noqa: T201
-    print("memit", memit(MEMIT, MEMIT_LAYERS))  # noqa: T201
+        lines.append(f"{name}\n delta {delta!r}\n losses {losses}")
+    lines.append(f"direction {Request(Golden(), *REQUESTS[0]).rome_direction()!r}")
+    lines.append(f"memit {memit(MEMIT, MEMIT_LAYERS)}")
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

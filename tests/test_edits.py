@@ -366,10 +366,10 @@ def test_an_edit_in_effect_does_not_count_twice(make_model: Make, outer: str, in
 
 def test_an_edit_that_is_taken_off_inside_its_block_is_noticed(small: TransformerBridge) -> None:
     edit = random_edit(small, 0)
-    with pytest.raises(RuntimeError, match=r"such as model\.reset_hooks\(\), has removed hooks of Edit\(random"):  # noqa: SIM117
-        with edit.applied(small):
-            logits(small)
-            small.reset_hooks()
+    removed = r"such as model\.reset_hooks\(\), has removed hooks of Edit\(random"
+    with pytest.raises(RuntimeError, match=removed), edit.applied(small):
+        logits(small)
+        small.reset_hooks()
     with pytest.raises(KeyError, match="not masked"), edit.applied(small):
         small.reset_hooks()
         raise KeyError("not masked")
