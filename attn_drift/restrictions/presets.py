@@ -19,7 +19,7 @@ def preset_gamma(editor: str, model: TransformerBridge, layer: int) -> float:
 
     L_SADR sums over restricted layers and heads. At another layer of a model with a preset, gamma x heads is kept. A
     model without one gets the published weight, and less where it has more heads than GPT-J: never more, since too
-    strong a weight undoes the edit's paraphrases. It may be too weak to help: MEMIT's 0.005 does nothing on the demo.
+    strong a weight undoes the edit's paraphrases. It may be too weak to help: on the demo 0.005 does nothing.
     """
     preset, heads = load_gamma(editor, model), _heads_above(model, layer)
     if preset is not None:
